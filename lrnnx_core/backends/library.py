@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: MIT
+"""Define leaf operators and the rules that make PyTorch carry them through its transforms."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "lrnnx_core"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_DEFAULTS: dict[str, Callable[..., Any]] = {}
+
+
+def define(
+    schema: str, *, default: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Define a leaf operator and return it.
+
+    Args:
+        schema: in PyTorch's schema language, for instance ``"scale(Tensor x, float s) -> Tensor"``.
+            Every tensor's leading dimensions are batch dimensions, equal for all of them.
+        default: the pure PyTorch implementation, used on every device without one of its own.
+        fake: returns outputs of the right shape and dtype without computing them.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, torch.no_grad()(default), "CompositeExplicitAutograd")
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    leaf = getattr(getattr(torch.ops, NAMESPACE), name).default
+    torch.library.register_vmap(qualified, _fold_batch(leaf), lib=_LIBRARY)
+    _DEFAULTS[name] = default
+    return leaf
+
+
+def implement(name: str, device: str, kernel: Callable[..., Any]) -> torch.library.Library:
+    """Let ``kernel`` run leaf operator ``name`` on ``device`` ("cpu" or "cuda").
+
+    On the CPU the environment variable ``LRNNX_CPU_BACKEND=torch``, read at each call, goes back to
+    pure PyTorch. The kernel is in force while the returned handle lives; keep it.
+
+    Raises:
+        ValueError: no operator of that name, or another device.
+    """
+    if name not in _DEFAULTS:
+        raise ValueError(f"implement: no operator {name!r}; defined are {sorted(_DEFAULTS)}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"implement: device {device!r}, expected 'cpu' or 'cuda'")
+    default = _DEFAULTS[name]
+
+    def cpu(*arguments: Any) -> Any:
+        plain = os.environ.get("LRNNX_CPU_BACKEND") == "torch"
+        return (default if plain else kernel)(*arguments)
+
+    handle = torch.library.Library(NAMESPACE, "IMPL")
+    handle.impl(name, torch.no_grad()(cpu if device == "cpu" else kernel), device.upper())
+    return handle
+
+
+def _fold_batch(leaf: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the vmap rule of a leaf: the mapped dimension becomes one more batch dimension."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        def front(value: Any, dim: int | None) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            if dim is None:
+                return value.expand(info.batch_size, *value.shape)
+            return value.movedim(dim, 0)
+
+        outputs = leaf(*(front(v, d) for v, d in zip(arguments, in_dims, strict=True)))
+        return outputs, (0,) * len(outputs) if isinstance(outputs, tuple) else 0
+
+    return rule

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""What we need to know of torch.func and torch.compile, and PyTorch does not say publicly.
+
+Everything private to PyTorch that this library relies on stands in this file.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def forward_mode_depth() -> int:
+    """Return how many forward-mode levels (`jvp`, `jacfwd`) of torch.func are active.
+
+    A custom ``autograd.Function`` under two of them returns wrong numbers in silence (PyTorch 2.13:
+    the second derivative of x**3 is 0); with two or more the caller must run plain PyTorch.
+    """
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    jvp = torch._C._functorch.TransformType.Jvp
+    return sum(level.key() == jvp for level in retrieve_all_functorch_interpreters())
+
+
+def transform_active() -> bool:
+    """Return whether any torch.func transform is active, or torch.compile or export is tracing."""
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    return torch.compiler.is_compiling() or bool(retrieve_all_functorch_interpreters())
+
+
+def allow_in_graph(function: F) -> F:
+    """Mark ``function`` as one node for torch.compile, without importing its compiler now.
+
+    ``torch.compiler.allow_in_graph`` imports ``torch._dynamo``, which takes as long as importing
+    torch itself; a post-import hook does it when somebody compiles.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.allow_in_graph(function)
+    else:
+        _pending.append(function)
+        if _hook not in sys.meta_path:
+            sys.meta_path.insert(0, _hook)
+    return function
+
+
+_pending: list[Callable[..., Any]] = []
+
+
+class _AfterDynamo(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Find ``torch._dynamo`` with the ordinary finders, run it, then register what waits."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "torch._dynamo":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        self._loader = spec.loader
+        spec.loader = self
+        return spec
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        if spec is not None:
+            spec.loader = self._loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        for function in _pending:
+            torch.compiler.allow_in_graph(function)
+
+
+_hook = _AfterDynamo()
