@@ -47,7 +47,7 @@ def linear_scan_backward(
     """Leaf: gradients (da, db, dh0) of `linear_scan` in one adjoint scan."""
     dtype = state_dtype(h.dtype)
     lam = torch.empty(h.shape, dtype=dtype, device=h.device)
-    coefficient = a.to(dtype).conj().resolve_conj()
+    coefficient = torch.conj_physical(a.to(dtype))
     dh0 = _recurrence(
         lam, coefficient, grad_h.to(dtype), grad_last.to(dtype), reset, not reverse, adjoint=True
     )
@@ -58,12 +58,13 @@ def linear_scan_backward(
     length = h.shape[-2]
     first, rest = (length - 1, slice(0, -1)) if reverse else (0, slice(1, None))
     earlier = slice(1, None) if reverse else slice(0, -1)
+    # Conjugates are physical here: a leaf may run inside a TorchDispatchMode (torch.compile's first
+    # call does that), where PyTorch ignores the lazy conjugate bit of intermediate results.
     product = torch.empty_like(lam)
     if length:
-        product[..., first, :] = lam[..., first, :] * before[..., 0, :].conj()
-        torch.mul(
-            lam[..., rest, :], h[..., earlier, :].to(dtype).conj(), out=product[..., rest, :]
-        )
+        product[..., first, :] = before[..., 0, :]
+        product[..., rest, :] = h[..., earlier, :]
+        product.conj_physical_().mul_(lam)
     if reset is not None:
         product.masked_fill_(reset.unsqueeze(-1), 0)
     da = product if a.shape[-2] == length else product.sum(-2, keepdim=True)

@@ -1,0 +1,74 @@
+# Every target sets up what it needs: a virtual environment in .venv, and this package installed in
+# it (editable) under constraints.txt. `make` alone lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+FAST := not slow and not cuda and not compile
+SLOW := (slow or compile) and not cuda
+# One BLAS/OpenMP thread per test process: the processes themselves fill the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+NOTEBOOK_SECONDS ?= 300
+TIMEOUT := $(if $(shell command -v timeout),timeout $(NOTEBOOK_SECONDS))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test slow lint format types docs notebooks wheel setup clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.installed-demo ## set up, then train an S5 on JapaneseVowels (ARGS="--epochs 5" adds options)
+	$(BIN)/lrnnx train --dataset JapaneseVowels --layer S5 $(ARGS)
+
+test: $(VENV)/.installed-dev ## set up, then run every quick test (ARGS="-k scan" adds options)
+	$(PYTEST) -m "$(FAST)" $(ARGS)
+
+slow: $(VENV)/.installed-dev ## the tests marked slow or compile
+	$(PYTEST) -m "$(SLOW)" $(ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff (format and rules), pyright, import-linter
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## rewrite the sources with ruff
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-dev ## build the documentation into site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: $(VENV)/.installed-dev ## execute every notebook in a scratch folder
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	for notebook in notebooks/*.ipynb; do \
+		[ -e "$$notebook" ] || continue; \
+		echo "$$notebook"; \
+		$(TIMEOUT) $(BIN)/python -m nbconvert --to notebook --execute \
+			--ExecutePreprocessor.kernel_name=python3 --output-dir "$$out" "$$notebook" || exit 1; \
+	done
+
+wheel: $(VENV)/.installed-dev ## build dist/*.whl
+	rm -rf dist
+	$(BIN)/python -m build --wheel --no-isolation
+
+setup: $(VENV)/.installed-dev ## set up only, with everything the other targets use
+
+clean: ## remove what was built or installed; runs/ stays
+	rm -rf $(VENV) dist site build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another one with make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+EXTRAS-demo := demo
+EXTRAS-dev := cpu,demo,docs,dev
+
+# The stamps: installed again whenever a dependency or a pin changes.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS-$*)]"
+	@touch $@ $(if $(filter dev,$*),$(VENV)/.installed-demo)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT
+"""Every discretization, once: how a continuous diagonal A and a step dt become discrete.
+
+A scheme is a pure function ``(A, dt_decay, dt_input) -> (A_bar, gamma)`` with the discrete input
+matrix B_bar = gamma * B. It sees two steps because of irregular time: ``dt_decay`` is the time over
+which the state decays, ``dt_input`` the time over which an input acts. They differ only under
+``timestep_mode="state_only"``. A scheme of one's own is any such function, passed where a name is.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lrnnx_core.types import Discrete, Discretization, Number, Scheme, TimestepMode
+
+# Below this |z| the quotient (e^z - 1)/z loses digits in its derivatives; the series of 14 terms is
+# exact there to float64.
+_SERIES_RADIUS = 0.3
+_SERIES_TERMS = 14
+
+
+def phi1(z: Tensor) -> Tensor:
+    """Return (e^z - 1)/z, real or complex, right in value and every derivative at z = 0.
+
+    Source: Higham 2008, Functions of Matrices, section 10.7.4 (the phi functions).
+    """
+    small = z.abs() < _SERIES_RADIUS
+    near = torch.where(small, z, torch.zeros_like(z))
+    series = torch.ones_like(z)
+    for k in range(_SERIES_TERMS, 1, -1):
+        series = 1 + near * series / k
+    far = torch.where(small, torch.ones_like(z), z)
+    return torch.where(small, series, torch.expm1(far) / far)
+
+
+def zoh(A: Tensor, dt_decay: Tensor, dt_input: Tensor) -> Discrete:
+    """Zero-order hold: exact for an input that is constant between samples."""
+    return torch.exp(dt_decay * A), dt_input * phi1(dt_input * A)
+
+
+def gbt(A: Tensor, dt_decay: Tensor, dt_input: Tensor, *, alpha: Number) -> Discrete:
+    """Apply the generalised bilinear transform: alpha 0 is Euler, 1/2 bilinear, 1 backward Euler."""
+    decay, drive = dt_decay * A, dt_input * A
+    return (1 + (1 - alpha) * decay) / (1 - alpha * decay), dt_input / (1 - alpha * drive)
+
+
+def bilinear(A: Tensor, dt_decay: Tensor, dt_input: Tensor) -> Discrete:
+    """Bilinear (Tustin) transform: |A_bar| < 1 exactly where Re A < 0."""
+    return gbt(A, dt_decay, dt_input, alpha=0.5)
+
+
+def euler(A: Tensor, dt_decay: Tensor, dt_input: Tensor) -> Discrete:
+    """Forward Euler: stable only for dt < -2 Re A / |A|^2."""
+    return 1 + dt_decay * A, dt_input * torch.ones_like(A)
+
+
+def dirac(A: Tensor, dt_decay: Tensor, dt_input: Tensor) -> Discrete:
+    """Inputs as impulses: exponential decay, gain 1 whatever the step."""
+    return torch.exp(dt_decay * A), torch.ones_like(dt_input * A)
+
+
+def mamba(A: Tensor, dt_decay: Tensor, dt_input: Tensor) -> Discrete:
+    """Exponential decay, first-order gain dt: the rule of Mamba and Centaurus."""
+    return torch.exp(dt_decay * A), dt_input * torch.ones_like(A)
+
+
+def none(A: Tensor, dt_decay: Tensor, dt_input: Tensor) -> Discrete:
+    """Take A as discrete already; steps have no meaning and must be 1."""
+    return A * torch.ones_like(dt_decay), torch.ones_like(A)
+
+
+SCHEMES: dict[str, Scheme] = {
+    "zoh": zoh,
+    "bilinear": bilinear,
+    "euler": euler,
+    "dirac": dirac,
+    "mamba": mamba,
+    "none": none,
+}
+NAMES = ("zoh", "bilinear", "gbt", "euler", "dirac", "mamba", "none", "async")
+EXPONENTIAL = frozenset({"zoh", "dirac", "mamba", "async"})
+"""Schemes with A_bar = exp(dt A): powers are exponentials, and merging two gaps is exact."""
+
+
+def resolve(
+    discretization: Discretization,
+    timestep_mode: TimestepMode = "both",
+    alpha: Number | None = None,
+    allowed: tuple[str, ...] = NAMES,
+    where: str = "discretize",
+) -> tuple[Scheme, TimestepMode]:
+    """Turn a choice into (scheme, timestep_mode), or raise a ValueError that lists the choices."""
+    if timestep_mode not in ("both", "state_only"):
+        raise ValueError(f"{where}: timestep_mode {timestep_mode!r}, expected 'both' or 'state_only'")
+    if alpha is not None and discretization != "gbt":
+        raise ValueError(f"{where}: alpha belongs to discretization='gbt', got {discretization!r}")
+    if callable(discretization):
+        return discretization, timestep_mode
+    if discretization not in allowed:
+        raise ValueError(
+            f"{where}: unknown discretization {discretization!r}; expected one of "
+            f"{', '.join(allowed)}, or a callable (A, dt_decay, dt_input) -> (A_bar, gamma)"
+        )
+    if discretization == "async":
+        return zoh, "state_only"
+    if discretization == "gbt":
+        if alpha is None:
+            raise ValueError(f"{where}: discretization='gbt' needs alpha, a number in [0, 1]")
+        return partial(gbt, alpha=alpha), timestep_mode
+    return SCHEMES[discretization], timestep_mode
+
+
+def discretize(
+    A: Tensor,
+    dt: Tensor,
+    *,
+    discretization: Discretization,
+    integration_timesteps: Tensor | None = None,
+    timestep_mode: TimestepMode = "both",
+    alpha: Number | None = None,
+) -> Discrete:
+    """Discretize a diagonal A.
+
+    Args:
+        A: (..., N), the diagonal of the continuous state matrix, real or complex.
+        dt: broadcastable against A, the step; in the unit in which A is a rate, > 0.
+        discretization: ``zoh``, ``bilinear``, ``gbt``, ``euler``, ``dirac``, ``mamba``, ``none``,
+            ``async`` (= zoh with ``timestep_mode="state_only"``), or a pure callable
+            ``(A, dt_decay, dt_input) -> (A_bar, gamma)``.
+        integration_timesteps: (..., L), time elapsed before each sample, in units of dt.
+        timestep_mode: ``"both"`` multiplies the step in decay and input gain, ``"state_only"`` in
+            the decay alone.
+        alpha: the number of ``gbt``.
+
+    Returns:
+        A_bar and gamma (B_bar = gamma * B), of the broadcast shape of A and dt; with timesteps
+        (..., L, *that shape), except gamma under ``"state_only"``, which stays constant.
+
+    Raises:
+        ValueError: an unknown choice; ``gbt`` without alpha, or alpha with another scheme; dt not
+            broadcastable; timesteps with ``discretization="none"`` and ``"both"``.
+
+    Source: Gu et al. 2022 (S4D), arXiv:2206.11893, section 2 (zoh, bilinear); Schoene et al. 2024
+    (Event-SSM), arXiv:2404.18508, section 3 (dirac, async); Gu & Dao 2023 (Mamba),
+    arXiv:2312.00752, section 2.
+    """
+    scheme, timestep_mode = resolve(discretization, timestep_mode, alpha)
+    try:
+        shape = torch.broadcast_shapes(A.shape, dt.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"discretize: A {tuple(A.shape)} and dt {tuple(dt.shape)} do not broadcast"
+        ) from None
+    if integration_timesteps is None:
+        return scheme(A, dt, dt)
+    if discretization == "none":
+        raise ValueError("discretize: 'none' has no step that integration_timesteps could scale")
+    elapsed = integration_timesteps.reshape(integration_timesteps.shape + (1,) * len(shape))
+    decay = elapsed * dt
+    return scheme(A, decay, decay if timestep_mode == "both" else dt)

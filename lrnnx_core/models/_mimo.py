@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: MIT
+"""The machinery of models with one diagonal state for all channels: S5, LRU and their kin.
+
+    x_t = A_bar_t * x_{t-1} + gamma_t * (B u_t),    y_t = s Re(C x_t) + D u_t
+
+A model file says where A_bar and gamma come from; everything else about running them stands here.
+The projections are real matrix products on the real and imaginary halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrnnx_core.models._common import (
+    check_choice,
+    check_input,
+    check_keys,
+    check_state,
+    compute_dtype,
+    full_precision,
+)
+from lrnnx_core.ops import causal_convolution, linear_scan
+from lrnnx_core.ops.powers import powers
+from lrnnx_core.sequences import Layout, align_right, at_length
+from lrnnx_core.types import Discrete, Mode, Params
+
+MODES = ("auto", "conv", "scan", "recurrent")
+
+
+class Recurrence(NamedTuple):
+    """A discretized model.
+
+    A_bar is (P,), or (..., L, P) under irregular time; gamma (P,) or (..., L, P), None where B (P, H)
+    is B_bar already; z (P,) is log A_bar where the scheme gives it.
+    """
+
+    A_bar: Tensor
+    gamma: Tensor | None
+    B: Tensor
+    z: Tensor | None = None
+
+    def B_bar(self) -> Tensor:
+        """Return gamma * B, (P, H) or (..., L, P, H)."""
+        return self.B if self.gamma is None else self.gamma.unsqueeze(-1) * self.B
+
+    def drive(self, u: Tensor) -> Tensor:
+        """Return gamma_t * (B u_t), (..., L, P), by two real products."""
+        varying = self.gamma is not None and self.gamma.ndim > 1
+        B = self.B if varying else self.B_bar()
+        b = torch.complex(u @ B.real.mT, u @ B.imag.mT)
+        return self.gamma * b if varying and self.gamma is not None else b
+
+    def table(self, length: int) -> Tensor:
+        """Return A_bar^t for t = 0 ... length - 1, (length, P)."""
+        p = powers(length, a=self.A_bar, z=self.z)
+        return (p.coarse.unsqueeze(1) * p.fine).flatten(0, 1)[:length]
+
+
+def scan(
+    where: str,
+    params: Params,
+    u: Tensor,
+    state: Tensor | None,
+    recurrence: Callable[[torch.dtype, Tensor | None], Recurrence],
+    *,
+    layout: Layout,
+    mode: Mode,
+    scale: float,
+    bidirectional: bool,
+    kernel: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run a model over u (..., L, H); return y (..., L, H_out) and the final state (..., P).
+
+    ``recurrence(dtype, timesteps)`` discretizes. Backwards, a bidirectional model runs the same
+    recurrence over the flipped sequence and reads it with C2.
+    """
+    _check(where, params, u, state, layout, mode, bidirectional, kernel)
+    length = u.shape[-2]
+    with full_precision(u.device):
+        dtype = compute_dtype(params, u, state)
+        x = u.to(dtype)
+        valid = layout.valid(length)
+        if valid is not None:
+            x = torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))
+        r = recurrence(dtype, layout.timesteps)
+        b = r.drive(x)
+        if state is None:
+            state = torch.zeros_like(b[..., 0, :]) if length else b.sum(-2)
+        else:
+            state = state.to(b.dtype)
+        if kernel is None:
+            h, last = _states(r, b, state, layout, mode)
+            y = readout(params, "C", h, scale)
+            if bidirectional:
+                y = y + readout(params, "C2", _backward_states(r, recurrence, x, layout, mode), scale)
+        else:
+            y, last = _by_kernel(params, r, x, b, state, layout, kernel.to(dtype), scale, bidirectional)
+        y = y + params["D"].to(dtype) * x
+        if valid is not None:
+            y = torch.where(valid.unsqueeze(-1), y, torch.zeros_like(y))
+        return y.to(u.dtype), last
+
+
+def step(
+    where: str,
+    params: Params,
+    u_t: Tensor,
+    state: Tensor,
+    recurrence: Callable[[torch.dtype, Tensor | None], Recurrence],
+    *,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Take one step: u_t (..., H), state (..., P); return y_t (..., H_out) and the new state."""
+    B = params["B_re"]
+    check_input(where, u_t, B.shape[1], B, rank=1, shape="(..., H)")
+    check_state(where, state, u_t.shape[:-1], B.shape[:1])
+    with full_precision(u_t.device):
+        dtype = compute_dtype(params, u_t, state)
+        x = u_t.to(dtype)
+        r = recurrence(dtype, None)
+        b = r.drive(x)
+        state = r.A_bar * state.to(b.dtype) + b
+        y = readout(params, "C", state, scale) + params["D"].to(dtype) * x
+        return y.to(u_t.dtype), state
+
+
+def kernel(
+    where: str,
+    params: Params,
+    length: int,
+    r: Recurrence,
+    *,
+    scale: float,
+    bidirectional: bool,
+) -> Tensor:
+    """Return K_t = s Re(C A_bar^t B_bar), (L, H_out, H), or (2, L, H_out, H) for both directions."""
+    if length < 1:
+        raise ValueError(f"{where}: length = {length}, expected >= 1")
+    table, B_bar = r.table(length), r.B_bar()
+
+    def one(key: str) -> Tensor:
+        C = torch.complex(params[key + "_re"].to(B_bar.real.dtype), params[key + "_im"].to(B_bar.real.dtype))
+        left = C * table.unsqueeze(-2)
+        return scale * (left.real @ B_bar.real - left.imag @ B_bar.imag)
+
+    if not bidirectional:
+        return one("C")
+    check_directions(where, params)
+    return torch.stack([one("C"), one("C2")])
+
+
+def readout(params: Params, key: str, h: Tensor, scale: float) -> Tensor:
+    """Return s Re(C h) for C stored as key_re, key_im."""
+    re, im = (params[key + part].to(h.real.dtype) for part in ("_re", "_im"))
+    return scale * (h.real @ re.mT - h.imag @ im.mT)
+
+
+def given(discrete: Discrete, where: str, timesteps: Tensor | None) -> Recurrence:
+    """Return the recurrence of a precomputed (A_bar, B_bar)."""
+    if timesteps is not None:
+        raise ValueError(f"{where}: give discrete or integration_timesteps, not both")
+    A_bar, B_bar = discrete
+    return Recurrence(A_bar, None, B_bar)
+
+
+def check_directions(where: str, params: Params) -> None:
+    """Raise unless params hold the readout of the reverse direction."""
+    check_keys(where, params, ("C2_re", "C2_im"), "make them with init(bidirectional=True)")
+
+
+def _check(
+    where: str,
+    params: Params,
+    u: Tensor,
+    state: Tensor | None,
+    layout: Layout,
+    mode: Mode,
+    bidirectional: bool,
+    kernel: Tensor | None,
+) -> None:
+    check_choice(where, "mode", mode, MODES)
+    if bidirectional:
+        check_directions(where, params)
+        if state is not None:
+            raise ValueError(f"{where}: a bidirectional model reads whole sequences; state must be None")
+    elif state is not None:
+        check_state(where, state, u.shape[:-2], params["B_re"].shape[:1])
+    if (mode == "conv" or kernel is not None) and not layout.uniform:
+        raise ValueError(
+            f"{where}: a convolution cannot run with integration_timesteps, mask or reset; use "
+            "mode='scan' or 'auto', without kernel"
+        )
+    if kernel is not None:
+        shape = (*params["C_re"].shape[:1], *params["B_re"].shape[1:])
+        rank = 3 + bidirectional
+        if kernel.ndim != rank or kernel.shape[-2:] != shape or kernel.shape[-3] < u.shape[-2]:
+            raise ValueError(
+                f"{where}: kernel {tuple(kernel.shape)}, expected {(2,) * bidirectional} + "
+                f"(>= {u.shape[-2]}, {shape[0]}, {shape[1]})"
+            )
+        if mode not in ("auto", "conv"):
+            raise ValueError(f"{where}: kernel is for mode 'conv' or 'auto', got {mode!r}")
+
+
+def _states(
+    r: Recurrence, b: Tensor, state: Tensor, layout: Layout, mode: Mode
+) -> tuple[Tensor, Tensor]:
+    """Return all states (..., L, P) and the final one (..., P)."""
+    length = b.shape[-2]
+    if mode == "conv":
+        table = r.table(length)
+        h = causal_convolution(b, table) + table * (r.A_bar * state).unsqueeze(-2)
+        last = h[..., -1, :] if length else state
+    else:
+        a = r.A_bar.unsqueeze(-2) if r.A_bar.ndim == 1 else r.A_bar
+        if layout.mask is not None:
+            a = torch.where(layout.mask.unsqueeze(-1), a, torch.ones_like(a))
+        backend = "reference" if mode == "recurrent" else "auto"
+        h, last = linear_scan(a, b, state, reset=layout.resets(length), backend=backend)
+    if layout.lengths is not None:
+        last = at_length(h, layout.lengths, state)
+    return h, last
+
+
+def _backward_states(
+    r: Recurrence,
+    recurrence: Callable[[torch.dtype, Tensor | None], Recurrence],
+    x: Tensor,
+    layout: Layout,
+    mode: Mode,
+) -> Tensor:
+    flipped = layout.reversed(x.shape[-2])
+    if layout.mask is None:
+        # Right padding is on the left now, its input is zero, and a zero state passes it untouched.
+        flipped = flipped._replace(mask=None)
+    if flipped.timesteps is not None:
+        r = recurrence(x.dtype, flipped.timesteps)
+    b = r.drive(x.flip(-2))
+    zero = torch.zeros_like(b[..., 0, :]) if b.shape[-2] else b.sum(-2)
+    return _states(r, b, zero, flipped, mode)[0].flip(-2)
+
+
+def _by_kernel(
+    params: Params,
+    r: Recurrence,
+    x: Tensor,
+    b: Tensor,
+    state: Tensor,
+    layout: Layout,
+    kernel: Tensor,
+    scale: float,
+    bidirectional: bool,
+) -> tuple[Tensor, Tensor]:
+    length = x.shape[-2]
+    table = r.table(length + 1)
+    response = readout(params, "C", table[1:] * state.unsqueeze(-2), scale)
+    forward = kernel[0] if bidirectional else kernel
+    y = causal_convolution(x, forward, mimo=True) + response
+    if bidirectional:
+        y = y + causal_convolution(x.flip(-2), kernel[1], mimo=True).flip(-2)
+    if layout.lengths is not None:
+        b, decay = align_right(b, layout.lengths), table[layout.lengths]
+    else:
+        decay = table[length]
+    last = decay * state + (table[:length].flip(0) * b).sum(-2)
+    return y, last

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: MIT
+"""The machinery of models with a diagonal state for each channel: S4D and its kin.
+
+    x_t = A_bar_t * x_{t-1} + B_bar_t u_t,    y_t = s Re(sum_n C_n x_{t,n}) + D u_t
+
+for every channel; s = 2 for complex states (halves of conjugate pairs), 1 for real ones. A model
+file says where A_bar and B_bar come from; everything else about running them stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrnnx_core.models._common import (
+    check_choice,
+    check_input,
+    check_keys,
+    check_state,
+    compute_dtype,
+    full_precision,
+)
+from lrnnx_core.ops import causal_convolution, linear_scan
+from lrnnx_core.ops.powers import Powers, accumulate, evaluate, powers
+from lrnnx_core.sequences import Layout, align_right, at_length
+from lrnnx_core.types import Discrete, Mode, Params
+
+MODES = ("auto", "conv", "scan", "recurrent")
+# Up to this length a scan of all states is cheaper than a kernel and three FFTs.
+SCAN_LENGTH = 32
+
+
+class Recurrence(NamedTuple):
+    """A discretized model: A_bar and B_bar (H, M) or (..., L, H, M); z = log A_bar where known."""
+
+    A_bar: Tensor
+    B_bar: Tensor
+    z: Tensor | None = None
+
+    def powers(self, length: int) -> Powers:
+        """Return the powers of A_bar up to ``length``."""
+        return powers(length, a=self.A_bar, z=self.z)
+
+
+def scan(
+    where: str,
+    params: Params,
+    u: Tensor,
+    state: Tensor | None,
+    recurrence: Callable[[torch.dtype, Tensor | None], Recurrence],
+    *,
+    layout: Layout,
+    mode: Mode,
+    bidirectional: bool,
+    kernel: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run a model over u (..., L, H); return y (..., L, [Ch] H) and the final state (..., H, M).
+
+    ``recurrence(dtype, timesteps)`` discretizes. Backwards, a bidirectional model runs the same
+    recurrence over the flipped sequence, reads it with C2 and moves the result one sample on, so
+    that the current sample counts once.
+    """
+    _check(where, params, u, state, layout, mode, bidirectional, kernel)
+    length = u.shape[-2]
+    if mode == "auto":
+        by_kernel = kernel is not None or (layout.uniform and length > SCAN_LENGTH)
+        mode = "conv" if by_kernel else "scan"
+    with full_precision(u.device):
+        dtype = compute_dtype(params, u, state)
+        x = u.to(dtype)
+        valid = layout.valid(length)
+        if valid is not None:
+            x = torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))
+        r = recurrence(dtype, layout.timesteps)
+        shape = x.shape[:-2] + state_shape(params)
+        h0 = r.B_bar.new_zeros(shape) if state is None else state.to(r.B_bar.dtype)
+        K = None if kernel is None else kernel.to(dtype)
+        forward = K if K is None or not bidirectional else K[0]
+        y, last = _run(r, _readout(params, "C", dtype), x, h0, layout, mode, forward)
+        if bidirectional:
+            flipped = layout.reversed(length)
+            if layout.mask is None:
+                # Right padding is on the left now; its input is zero and so is the state there.
+                flipped = flipped._replace(mask=None)
+            if flipped.timesteps is not None:
+                r = recurrence(dtype, flipped.timesteps)
+            C2 = _readout(params, "C2", dtype)
+            back, zero = None if K is None else K[1], torch.zeros_like(h0)
+            y2, _ = _run(r, C2, x.flip(-2), zero, flipped, mode, back)
+            y2 = y2.flip(-2)
+            y = y + torch.cat([y2[..., 1:, :], torch.zeros_like(y2[..., :1, :])], dim=-2)
+        D = params["D"].to(dtype)
+        skip = D * x if D.ndim == 1 else (D * x.unsqueeze(-2)).flatten(-2)
+        y = y + skip
+        if valid is not None:
+            y = torch.where(valid.unsqueeze(-1), y, torch.zeros_like(y))
+        return y.to(u.dtype), last
+
+
+def step(
+    where: str,
+    params: Params,
+    u_t: Tensor,
+    state: Tensor,
+    recurrence: Callable[[torch.dtype, Tensor | None], Recurrence],
+) -> tuple[Tensor, Tensor]:
+    """Take one step: u_t (..., H), state (..., H, M); return y_t (..., [Ch] H) and the new state."""
+    D = params["D"]
+    check_input(where, u_t, D.shape[-1], D, rank=1, shape="(..., H)")
+    check_state(where, state, u_t.shape[:-1], state_shape(params))
+    with full_precision(u_t.device):
+        dtype = compute_dtype(params, u_t, state)
+        x = u_t.to(dtype)
+        r = recurrence(dtype, None)
+        state = r.A_bar * state.to(r.B_bar.dtype) + r.B_bar * x.unsqueeze(-1)
+        C = _readout(params, "C", dtype)
+        y = _flat((C * state.unsqueeze(-3)).sum(-1).real + D.to(dtype) * x.unsqueeze(-2))
+        return y.to(u_t.dtype), state
+
+
+def kernel(
+    where: str, params: Params, length: int, r: Recurrence, *, bidirectional: bool
+) -> Tensor:
+    """Return K_t = s Re(sum_n C_n A_bar_n^t B_bar_n): (L, H), (Ch, L, H), or with a leading 2."""
+    if length < 1:
+        raise ValueError(f"{where}: length = {length}, expected >= 1")
+    p = r.powers(length)
+
+    def one(key: str) -> Tensor:
+        C = _readout(params, key, r.B_bar.real.dtype)
+        return evaluate(C * r.B_bar, p, length)
+
+    if bidirectional:
+        _check_directions(where, params)
+        K = torch.stack([one("C"), one("C2")])
+    else:
+        K = one("C")
+    return K.squeeze(-3) if params["D"].ndim == 1 else K
+
+
+def given(discrete: Discrete, where: str, timesteps: Tensor | None) -> Recurrence:
+    """Return the recurrence of a precomputed (A_bar, B_bar)."""
+    if timesteps is not None:
+        raise ValueError(f"{where}: give discrete or integration_timesteps, not both")
+    return Recurrence(*discrete)
+
+
+def state_shape(params: Params) -> torch.Size:
+    """Return (H, M)."""
+    return params["C_re"].shape[-2:]
+
+
+def complex_of(dtype: torch.dtype) -> torch.dtype:
+    """Return the complex dtype with parts of this real one."""
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
+
+
+def _readout(params: Params, key: str, dtype: torch.dtype) -> Tensor:
+    """Return s C as (Ch, H, M): the factor of the conjugate halves is in it."""
+    re = params[key + "_re"].to(dtype)
+    C = re if key + "_im" not in params else 2 * torch.complex(re, params[key + "_im"].to(dtype))
+    return C.unsqueeze(0) if C.ndim == 2 else C
+
+
+def _flat(y: Tensor) -> Tensor:
+    """(..., Ch, H) -> (..., Ch H)."""
+    return y.flatten(-2)
+
+
+def _run(
+    r: Recurrence,
+    C: Tensor,
+    x: Tensor,
+    state: Tensor,
+    layout: Layout,
+    mode: Mode,
+    kernel: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return y (..., L, Ch H) without D, and the final state, in one direction."""
+    return (_convolve if mode == "conv" else _recur)(r, C, x, state, layout, mode, kernel)
+
+
+def _convolve(
+    r: Recurrence,
+    C: Tensor,
+    x: Tensor,
+    state: Tensor,
+    layout: Layout,
+    mode: Mode,
+    kernel: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    length = x.shape[-2]
+    p = r.powers(length)
+    K = evaluate(C * r.B_bar, p, length) if kernel is None else kernel
+    if K.ndim == 2:
+        K = K.unsqueeze(0)
+    # the response to the initial state is a kernel too, with coefficients C A_bar x_0
+    response = evaluate(C * (r.A_bar * state).unsqueeze(-3), p, length)
+    y = causal_convolution(x.unsqueeze(-3), K) + response
+    if layout.lengths is None:
+        late, decay = x, p.at(torch.tensor(length, device=x.device))
+    else:
+        late, decay = align_right(x, layout.lengths), p.at(layout.lengths)
+    last = decay * state + r.B_bar * accumulate(late, p)
+    return _flat(y.movedim(-3, -2)), last
+
+
+def _recur(
+    r: Recurrence,
+    C: Tensor,
+    x: Tensor,
+    state: Tensor,
+    layout: Layout,
+    mode: Mode,
+    kernel: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    length, (size, states) = x.shape[-2], C.shape[-2:]
+    a = r.A_bar.flatten(-2)
+    if a.ndim == 1:
+        a = a.unsqueeze(0)
+    if layout.mask is not None:
+        a = torch.where(layout.mask.unsqueeze(-1), a, torch.ones_like(a))
+    b = (r.B_bar * x.unsqueeze(-1)).flatten(-2)
+    backend = "reference" if mode == "recurrent" else "auto"
+    h, last = linear_scan(
+        a, b, state.flatten(-2), reset=layout.resets(length), backend=backend
+    )
+    if layout.lengths is not None:
+        last = at_length(h, layout.lengths, state.flatten(-2))
+    h = h.unflatten(-1, (size, states))
+    if h.is_complex():
+        parts = torch.view_as_real(h).flatten(-2)
+        weights = torch.view_as_real(C.conj().resolve_conj()).flatten(-2)
+        y = torch.einsum("...hn,chn->...ch", parts, weights)
+    else:
+        y = torch.einsum("...hn,chn->...ch", h, C)
+    return _flat(y), last.unflatten(-1, (size, states))
+
+
+def _check_directions(where: str, params: Params) -> None:
+    check_keys(where, params, ("C2_re",), "make them with init(bidirectional=True)")
+
+
+def _check(
+    where: str,
+    params: Params,
+    u: Tensor,
+    state: Tensor | None,
+    layout: Layout,
+    mode: Mode,
+    bidirectional: bool,
+    kernel: Tensor | None,
+) -> None:
+    check_choice(where, "mode", mode, MODES)
+    if bidirectional:
+        _check_directions(where, params)
+        if state is not None:
+            raise ValueError(f"{where}: a bidirectional model reads whole sequences; state must be None")
+    elif state is not None:
+        check_state(where, state, u.shape[:-2], state_shape(params))
+    if (mode == "conv" or kernel is not None) and not layout.uniform:
+        raise ValueError(
+            f"{where}: a convolution cannot run with integration_timesteps, mask or reset; use "
+            "mode='scan' or 'auto', without kernel"
+        )
+    if kernel is not None:
+        if mode not in ("auto", "conv"):
+            raise ValueError(f"{where}: kernel is for mode 'conv' or 'auto', got {mode!r}")
+        shape = (2,) * bidirectional + params["D"].shape[:-1]
+        at_least, width = u.shape[-2], params["D"].shape[-1]
+        lead, tail = kernel.shape[:-2], kernel.shape[-2:]
+        if lead != shape or len(tail) < 2 or tail[0] < at_least or tail[1] != width:
+            raise ValueError(
+                f"{where}: kernel {tuple(kernel.shape)}, expected "
+                f"{(*shape, f'>= {at_least}', width)}"
+            )

@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: MIT
+"""S4D: one diagonal state space for each channel.
+
+    x_t = A_bar x_{t-1} + B_bar u_t,    y_t = 2 Re(sum_n C_n x_{t,n}) + D u_t
+
+per channel, with N/2 complex states that stand for N in conjugate pairs; with ``is_real`` N real
+states and no factor 2.
+
+Source: Gu, Gupta, Goel & Re 2022, arXiv:2206.11893.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lrnnx_core import initialize
+from lrnnx_core.discretize import EXPONENTIAL, discretize as discretize_diagonal, resolve
+from lrnnx_core.models import _siso
+from lrnnx_core.models._common import (
+    check_choice,
+    check_input,
+    check_sizes,
+    compute_dtype,
+    full_precision,
+    pair,
+    zero_state,
+)
+from lrnnx_core.sequences import layout
+from lrnnx_core.types import Discrete, Discretization, Mode, Number, Params, TimestepMode
+
+DISCRETIZATIONS = ("zoh", "bilinear", "gbt", "euler", "dirac", "mamba", "async")
+A_INITS = ("lin", "inv", "inv2", "quad", "legs", "real", "random")
+
+
+def init(
+    d_model: int,
+    d_state: int = 64,
+    *,
+    A_init: initialize.S4DInit = "lin",
+    is_real: bool = False,
+    n_ssm: int | None = None,
+    channels: int = 1,
+    tied_dt: bool = True,
+    bidirectional: bool = False,
+    dt_min: Number = 1e-3,
+    dt_max: Number = 1e-1,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Params:
+    """Return fresh parameters.
+
+    Args:
+        d_model: channels H.
+        d_state: real states N a channel; stored are N/2 complex ones, or N real ones if ``is_real``.
+        A_init: ``lin``, ``inv``, ``inv2``, ``quad``, ``legs``, ``real`` or ``random``; see
+            `lrnnx_core.initialize.s4d_spectrum`. Real models take ``real`` (-(n+1)) or ``random``
+            (-uniform).
+        is_real: a model of real decays; keys A_im, B_im, C_im are absent.
+        n_ssm: number S of independent (A, B), S divides H, channel h uses copy h mod S; H if None.
+        channels: outputs Ch a channel.
+        tied_dt: one step a channel; else one for every state.
+        bidirectional: add C2, the readout of the reverse direction.
+        dt_min, dt_max: log dt is uniform between their logarithms.
+        generator, device, dtype: where and how to draw; dtype is at least float32.
+
+    Returns:
+        log_dt (H,) or (H, M) untied; A_log, A_im, B_re, B_im (S, M); C_re, C_im (H, M), or
+        (Ch, H, M) with channels; with ``bidirectional`` C2_re, C2_im too; D (H,) or (Ch, H). M is
+        N/2, or N if ``is_real``. A = -exp(A_log) + i A_im.
+
+    Raises:
+        ValueError: a size < 1; an odd N of a complex model; S that does not divide H; an A_init that
+            does not exist or is not for real models.
+
+    Source: Gu et al. 2022, sections 3.2 (parametrisation) and 4 (A_init).
+    """
+    check_sizes("s4d.init", d_model=d_model, d_state=d_state, channels=channels)
+    copies = d_model if n_ssm is None else n_ssm
+    check_sizes("s4d.init", n_ssm=copies)
+    check_choice("s4d.init", "A_init", A_init, ("real", "random") if is_real else A_INITS)
+    if not is_real and d_state % 2:
+        raise ValueError(
+            f"s4d.init: d_state = {d_state} is odd; conjugate pairs need an even one "
+            "(or is_real=True)"
+        )
+    if d_model % copies:
+        raise ValueError(f"s4d.init: n_ssm = {copies} does not divide d_model = {d_model}")
+    draw = initialize.Drawer(generator, device, dtype).resolved()
+    size = d_state if is_real else d_state // 2
+    params: Params = {}
+    steps = draw.uniform(d_model) if tied_dt else draw.uniform(d_model, size)
+    params["log_dt"] = initialize.log_dt(steps, dt_min, dt_max)
+    if is_real and A_init == "random":
+        decay, im = draw.uniform(copies, size), None
+    else:
+        decay, im = initialize.s4d_spectrum(A_init, size, copies, draw)
+    params["A_log"] = torch.log(decay.clamp(min=initialize.MIN_DECAY))
+    if not is_real and im is not None:
+        params["A_im"] = im
+    params["B_re"] = torch.ones_like(params["A_log"])
+    if not is_real:
+        params["B_im"] = torch.zeros_like(params["A_log"])
+        if A_init == "legs":
+            B = initialize.normal_form("legs", d_state).B
+            params["B_re"] = draw.tensor(B.real).repeat(copies, 1)
+            params["B_im"] = draw.tensor(B.imag).repeat(copies, 1)
+    lead = (d_model,) if channels == 1 else (channels, d_model)
+    for key in ("C", "C2") if bidirectional else ("C",):
+        parts = ("_re",) if is_real else ("_re", "_im")
+        for part in parts:
+            params[key + part] = draw.normal(*lead, size) * len(parts) ** -0.5
+    params["D"] = draw.normal(*lead)
+    return params
+
+
+def init_state(
+    params: Params, batch_shape: Sequence[int] = (), *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return the zero state (*batch_shape, H, M), complex (real for a real model).
+
+    Args:
+        params: from `init`.
+        batch_shape: leading dimensions.
+        dtype: real dtype of its parts; the parameters' (at least float32) if None.
+    """
+    real = torch.promote_types(compute_dtype(params) if dtype is None else dtype, torch.float32)
+    like = params["B_re"].to(real if "A_im" not in params else _siso.complex_of(real))
+    return zero_state(like, batch_shape, _siso.state_shape(params))
+
+
+def discretize(
+    params: Params,
+    *,
+    integration_timesteps: Tensor | None = None,
+    timestep_mode: TimestepMode = "both",
+    discretization: Discretization | None = None,
+    alpha: Number | None = None,
+    dt_scale: Number = 1.0,
+) -> Discrete:
+    """Return (A_bar, B_bar), each (H, M), complex (real for a real model).
+
+    Args:
+        params: from `init`.
+        integration_timesteps: (..., L), time elapsed before each sample, in units of dt; the results
+            are then (..., L, H, M), B_bar staying (H, M) under ``timestep_mode="state_only"``.
+        timestep_mode: see `lrnnx_core.discretize.discretize`.
+        discretization: ``zoh`` (default), ``bilinear``, ``gbt``, ``euler``, ``dirac``, ``mamba``,
+            ``async``, or a callable.
+        alpha: the number of ``gbt``.
+        dt_scale: multiplies dt; 2.0 runs the model on a signal sampled at half the rate.
+
+    Raises:
+        ValueError: an unknown choice.
+
+    Source: Gu et al. 2022, section 2 (zero-order hold and bilinear).
+    """
+    r = _recurrence(
+        "s4d.discretize", params, compute_dtype(params, integration_timesteps),
+        integration_timesteps, timestep_mode, discretization, alpha, dt_scale,
+    )  # fmt: skip
+    return r.A_bar, r.B_bar
+
+
+def kernel(
+    params: Params,
+    length: int,
+    *,
+    discretization: Discretization | None = None,
+    alpha: Number | None = None,
+    dt_scale: Number = 1.0,
+    bidirectional: bool = False,
+) -> Tensor:
+    """Return the convolution kernel K_t = 2 Re(sum_n C_n A_bar_n^t B_bar_n), without D.
+
+    Args:
+        params: from `init`.
+        length: number of samples L, at least 1.
+        discretization, alpha, dt_scale: see `discretize`.
+        bidirectional: return the kernels of both directions.
+
+    Returns:
+        K (L, H), or (Ch, L, H) with channels, real; with ``bidirectional`` (2, ..., L, H), where the
+        second runs backwards in time and starts at the next sample.
+
+    Raises:
+        ValueError: length < 1, an unknown choice, no C2 in params.
+
+    Source: Gu et al. 2022, eq. (4) and section 3.1 (Vandermonde product).
+    """
+    r = _recurrence(
+        "s4d.kernel", params, compute_dtype(params), None, "both", discretization, alpha, dt_scale
+    )
+    return _siso.kernel("s4d.kernel", params, length, r, bidirectional=bidirectional)
+
+
+def scan(
+    params: Params,
+    u: Tensor,
+    state: Tensor | None = None,
+    *,
+    integration_timesteps: Tensor | None = None,
+    timestep_mode: TimestepMode = "both",
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+    discretization: Discretization | None = None,
+    alpha: Number | None = None,
+    dt_scale: Number = 1.0,
+    bidirectional: bool = False,
+    mode: Mode = "auto",
+    kernel: Tensor | None = None,
+    discrete: Discrete | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the model over a sequence.
+
+    Args:
+        params: from `init`.
+        u: (..., L, H), real.
+        state: (..., H, M), the state before the first sample; zeros if None.
+        integration_timesteps: (..., L), time elapsed before each sample, in units of dt.
+        timestep_mode: whether they scale decay and gain (``both``) or the decay (``state_only``).
+        lengths: (...), samples per row of a right-padded batch.
+        mask: (..., L) bool, False is padding: state untouched, output zero.
+        reset: (..., L) bool, clear the state before that sample.
+        discretization, alpha, dt_scale: see `discretize`.
+        bidirectional: add the reverse direction, read with C2; it starts at the next sample.
+        mode: ``conv`` (kernel and FFT, nothing of size L N H); ``scan``; ``recurrent`` (a loop, the
+            specification); ``auto``: ``conv`` where nothing varies in time and L > 32, else ``scan``.
+        kernel: from `kernel`, at least L long, for ``conv``.
+        discrete: (A_bar, B_bar) from `discretize`, to be used instead of discretizing.
+
+    Returns:
+        y (..., L, H) in u's dtype, (..., L, Ch H) with channels (channel-major), and the final state
+        (..., H, M), at least float32 (of the forward direction where bidirectional).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or choices that do not fit; a state with
+            ``bidirectional``; ``conv`` with timesteps, mask or reset.
+
+    Source: Gu et al. 2022, section 2; Goel et al. 2022, arXiv:2202.09729 (bidirectional).
+    """
+    D = params["D"]
+    check_input("s4d.scan", u, D.shape[-1], D, rank=2, shape="(..., L, H)")
+    seq = layout(
+        "s4d.scan", u, lengths=lengths, mask=mask, reset=reset,
+        integration_timesteps=integration_timesteps,
+    )  # fmt: skip
+
+    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _siso.Recurrence:
+        if discrete is not None:
+            return _siso.given(discrete, "s4d.scan", timesteps)
+        return _recurrence(
+            "s4d.scan", params, dtype, timesteps, timestep_mode, discretization, alpha, dt_scale
+        )
+
+    return _siso.scan(
+        "s4d.scan", params, u, state, recurrence, layout=seq, mode=mode,
+        bidirectional=bidirectional, kernel=kernel,
+    )  # fmt: skip
+
+
+def step(
+    params: Params,
+    u_t: Tensor,
+    state: Tensor,
+    *,
+    integration_timestep: Tensor | None = None,
+    timestep_mode: TimestepMode = "both",
+    discretization: Discretization | None = None,
+    alpha: Number | None = None,
+    dt_scale: Number = 1.0,
+    discrete: Discrete | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Take one step.
+
+    Args:
+        params: from `init`.
+        u_t: (..., H), real.
+        state: (..., H, M).
+        integration_timestep: (...), time elapsed since the previous sample, in units of dt.
+        discrete: (A_bar, B_bar) from `discretize`, computed once for many steps.
+        timestep_mode, discretization, alpha, dt_scale: see `scan`.
+
+    Returns:
+        y_t (..., H) in u_t's dtype, (..., Ch H) with channels, and the new state (..., H, M).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or choices that do not fit.
+    """
+
+    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _siso.Recurrence:
+        if discrete is not None:
+            return _siso.given(discrete, "s4d.step", integration_timestep)
+        return _recurrence(
+            "s4d.step", params, dtype, integration_timestep, timestep_mode, discretization, alpha,
+            dt_scale,
+        )  # fmt: skip
+
+    return _siso.step("s4d.step", params, u_t, state, recurrence)
+
+
+def _recurrence(
+    where: str,
+    params: Params,
+    dtype: torch.dtype,
+    timesteps: Tensor | None,
+    timestep_mode: TimestepMode,
+    discretization: Discretization | None,
+    alpha: Number | None,
+    dt_scale: Number,
+) -> _siso.Recurrence:
+    scheme = "zoh" if discretization is None else discretization
+    resolve(scheme, timestep_mode, alpha, DISCRETIZATIONS, where)
+    with full_precision(params["log_dt"].device):
+        decay = -torch.exp(params["A_log"].to(dtype))
+        if "A_im" in params:
+            A, B = torch.complex(decay, params["A_im"].to(dtype)), pair(params, "B", dtype)
+        else:
+            A, B = decay, params["B_re"].to(dtype)
+        tile = params["D"].shape[-1] // A.shape[0]
+        A, B = A.repeat(tile, 1), B.repeat(tile, 1)
+        dt = torch.exp(params["log_dt"].to(dtype)) * dt_scale
+        if dt.ndim == 1:
+            dt = dt.unsqueeze(-1)
+        A_bar, gamma = discretize_diagonal(
+            A, dt, discretization=scheme, timestep_mode=timestep_mode, alpha=alpha,
+            integration_timesteps=None if timesteps is None else timesteps.to(dtype),
+        )  # fmt: skip
+        z = dt * A if scheme in EXPONENTIAL and timesteps is None else None
+        return _siso.Recurrence(A_bar, gamma * B, z)

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: MIT
+"""S5: one multi-input multi-output diagonal state space for all channels.
+
+    x_t = A_bar x_{t-1} + B_bar u_t,    y_t = s Re(C x_t) + D u_t
+
+with s = 2 where one eigenvalue of each conjugate pair is stored (``conj_sym``), else 1.
+
+Source: Smith, Warrington & Linderman 2023, arXiv:2208.04933, sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lrnnx_core import initialize
+from lrnnx_core.discretize import EXPONENTIAL, discretize as discretize_diagonal, resolve
+from lrnnx_core.models import _mimo
+from lrnnx_core.models._common import (
+    check_choice,
+    check_input,
+    check_sizes,
+    compute_dtype,
+    full_precision,
+    pair,
+    zero_state,
+)
+from lrnnx_core.sequences import layout
+from lrnnx_core.types import Discrete, Discretization, Mode, Number, Params, TimestepMode
+
+DISCRETIZATIONS = ("zoh", "bilinear", "gbt", "euler", "dirac", "mamba", "async")
+C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")
+MAX_REAL = -1e-4
+"""Where `clip_eigs` holds the real part of the eigenvalues."""
+
+
+def init(
+    d_model: int,
+    d_state: int,
+    *,
+    blocks: int = 1,
+    conj_sym: bool = True,
+    bidirectional: bool = False,
+    Lambda_init: Literal["hippo", "lin"] = "hippo",
+    C_init: Literal[
+        "trunc_standard_normal", "lecun_normal", "complex_normal"
+    ] = "trunc_standard_normal",
+    dt_min: Number = 1e-3,
+    dt_max: Number = 1e-1,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Params:
+    """Return fresh parameters.
+
+    Args:
+        d_model: channels H.
+        d_state: full state size P; stored are P_h = P/2 with ``conj_sym``, else P.
+        blocks: J, the state matrix starts as J copies of HiPPO-LegS of size P/J.
+        conj_sym: store one eigenvalue of each conjugate pair.
+        bidirectional: add C2, the readout of the reverse direction.
+        Lambda_init: ``hippo``, or ``lin`` (-1/2 + i pi n, B = 1/sqrt(H), dt on a geometric grid).
+        C_init: ``trunc_standard_normal`` (deviation 1/sqrt(P)), ``lecun_normal`` (1/sqrt(P H)), both
+            rotated by the eigenvectors, or ``complex_normal`` (sqrt(1/2), drawn as stored).
+        dt_min, dt_max: log dt is uniform between their logarithms.
+        generator, device, dtype: where and how to draw; dtype is at least float32.
+
+    Returns:
+        Lambda_re, Lambda_im, log_dt (P_h,); B_re, B_im (P_h, H); C_re, C_im (H, P_h), with
+        ``bidirectional`` C2_re, C2_im too; D (H,).
+
+    Raises:
+        ValueError: a size < 1; P not divisible by J; P/J odd with ``conj_sym``; an unknown choice.
+
+    Source: Smith et al. 2023, sections 4.3 and B.1 (initialisation), 3.3 (conjugate symmetry).
+    """
+    check_sizes("s5.init", d_model=d_model, d_state=d_state, blocks=blocks)
+    check_choice("s5.init", "Lambda_init", Lambda_init, ("hippo", "lin"))
+    check_choice("s5.init", "C_init", C_init, C_INITS)
+    if d_state % blocks or (conj_sym and (d_state // blocks) % 2):
+        raise ValueError(
+            f"s5.init: d_state = {d_state} with blocks = {blocks}, conj_sym = {conj_sym}; expected "
+            "d_state divisible by blocks" + (" into an even block size" if conj_sym else "")
+        )
+    draw = initialize.Drawer(generator, device, dtype).resolved()
+    stored = d_state // 2 if conj_sym else d_state
+    params: Params = {}
+    if Lambda_init == "hippo":
+        form = initialize.normal_form("legs", d_state // blocks, conj_sym=conj_sym)
+        V = torch.block_diag(*[form.V] * blocks)
+        Lambda = form.Lambda.repeat(blocks)
+        params["Lambda_re"], params["Lambda_im"] = draw.tensor(Lambda.real), draw.tensor(Lambda.imag)
+        params["log_dt"] = initialize.log_dt(draw.uniform(stored), dt_min, dt_max)
+        B = draw.lecun(d_state, d_model, fan_in=d_state)
+        V_re, V_im = draw.tensor(V.real), draw.tensor(V.imag)
+        params["B_re"], params["B_im"] = V_re.mT @ B, -(V_im.mT @ B)
+    else:
+        V_re = V_im = None
+        n = torch.arange(stored, dtype=torch.float64, device="cpu")
+        params["Lambda_re"] = draw.tensor(torch.full_like(n, -0.5))
+        params["Lambda_im"] = draw.tensor(math.pi * n)
+        params["log_dt"] = initialize.log_dt(draw.tensor(n / max(stored - 1, 1)), dt_min, dt_max)
+        params["B_re"] = draw.tensor(torch.full((stored, d_model), d_model**-0.5, device="cpu"))
+        params["B_im"] = torch.zeros_like(params["B_re"])
+    for key in ("C", "C2") if bidirectional else ("C",):
+        if C_init == "complex_normal" or V_re is None or V_im is None:
+            std = 0.5**0.5 if C_init == "complex_normal" else d_state**-0.5
+            re, im = (std * draw.normal(d_model, stored) for _ in range(2))
+        else:
+            fan_in = d_state * (1 if C_init == "trunc_standard_normal" else d_model)
+            re0, im0 = (draw.lecun(d_model, d_state, fan_in=fan_in) for _ in range(2))
+            re, im = re0 @ V_re - im0 @ V_im, re0 @ V_im + im0 @ V_re
+        params[key + "_re"], params[key + "_im"] = re, im
+    params["D"] = draw.normal(d_model)
+    return params
+
+
+def init_state(
+    params: Params, batch_shape: Sequence[int] = (), *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return the zero state (*batch_shape, P_h), complex.
+
+    Args:
+        params: from `init`.
+        batch_shape: leading dimensions.
+        dtype: real dtype of its parts; the parameters' (at least float32) if None.
+    """
+    real = compute_dtype(params) if dtype is None else dtype
+    like = params["B_re"].to(torch.promote_types(real, torch.complex64))
+    return zero_state(like, batch_shape, params["B_re"].shape[:1])
+
+
+def discretize(
+    params: Params,
+    *,
+    integration_timesteps: Tensor | None = None,
+    timestep_mode: TimestepMode = "both",
+    discretization: Discretization | None = None,
+    alpha: Number | None = None,
+    dt_scale: Number = 1.0,
+    clip_eigs: bool = False,
+) -> Discrete:
+    """Return (A_bar, B_bar): (P_h,) and (P_h, H), complex.
+
+    With ``integration_timesteps`` (..., L) they are (..., L, P_h) and (..., L, P_h, H), B_bar
+    staying (P_h, H) under ``timestep_mode="state_only"``. `scan` never forms that B_bar.
+
+    Args:
+        params: from `init`.
+        integration_timesteps: time elapsed before each sample, in units of dt.
+        timestep_mode: see `lrnnx_core.discretize.discretize`.
+        discretization: ``zoh`` (default), ``bilinear``, ``gbt``, ``euler``, ``dirac``, ``mamba``,
+            ``async``, or a callable.
+        alpha: the number of ``gbt``.
+        dt_scale: multiplies dt; 2.0 runs the model on a signal sampled at half the rate.
+        clip_eigs: hold Re Lambda at most -1e-4, so that the model stays stable in training.
+
+    Raises:
+        ValueError: an unknown choice.
+
+    Source: Smith et al. 2023, eq. (6) (zero-order hold).
+    """
+    r = _recurrence(
+        "s5.discretize", params, compute_dtype(params, integration_timesteps), integration_timesteps,
+        timestep_mode, discretization, alpha, dt_scale, clip_eigs,
+    )  # fmt: skip
+    return r.A_bar, r.B_bar()
+
+
+def kernel(
+    params: Params,
+    length: int,
+    *,
+    discretization: Discretization | None = None,
+    alpha: Number | None = None,
+    dt_scale: Number = 1.0,
+    conj_sym: bool = True,
+    clip_eigs: bool = False,
+    bidirectional: bool = False,
+) -> Tensor:
+    """Return the convolution kernel K_t = s Re(C A_bar^t B_bar), without D.
+
+    Args:
+        params: from `init`.
+        length: number of samples L, at least 1.
+        discretization, alpha, dt_scale, clip_eigs: see `discretize`.
+        conj_sym: as in `init`.
+        bidirectional: return the kernels of both directions.
+
+    Returns:
+        K (L, H, H), out by in; with ``bidirectional`` (2, L, H, H), where the second runs backwards
+        in time and counts the current sample too.
+
+    Raises:
+        ValueError: length < 1, an unknown choice, no C2 in params.
+
+    Source: Smith et al. 2023, section 2.2 and appendix C.
+    """
+    r = _recurrence(
+        "s5.kernel", params, compute_dtype(params), None, "both", discretization, alpha, dt_scale,
+        clip_eigs,
+    )  # fmt: skip
+    scale = 2.0 if conj_sym else 1.0
+    return _mimo.kernel("s5.kernel", params, length, r, scale=scale, bidirectional=bidirectional)
+
+
+def scan(
+    params: Params,
+    u: Tensor,
+    state: Tensor | None = None,
+    *,
+    integration_timesteps: Tensor | None = None,
+    timestep_mode: TimestepMode = "both",
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    reset: Tensor | None = None,
+    discretization: Discretization | None = None,
+    alpha: Number | None = None,
+    dt_scale: Number = 1.0,
+    conj_sym: bool = True,
+    clip_eigs: bool = False,
+    bidirectional: bool = False,
+    mode: Mode = "auto",
+    kernel: Tensor | None = None,
+    discrete: Discrete | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the model over a sequence.
+
+    Args:
+        params: from `init`.
+        u: (..., L, H), real.
+        state: (..., P_h) complex, the state before the first sample; zeros if None.
+        integration_timesteps: (..., L), time elapsed before each sample, in units of dt.
+        timestep_mode: whether they scale decay and gain (``both``) or the decay (``state_only``).
+        lengths: (...), samples per row of a right-padded batch.
+        mask: (..., L) bool, False is padding: state untouched, output zero.
+        reset: (..., L) bool, clear the state before that sample.
+        discretization, alpha, dt_scale, clip_eigs: see `discretize`.
+        conj_sym: as in `init`.
+        bidirectional: add the reverse direction, read with C2; both count the current sample.
+        mode: ``scan``; ``conv`` (FFT over the state's impulse responses); ``recurrent`` (a loop, the
+            specification); ``auto`` = ``scan``, the fastest at every length measured.
+        kernel: from `kernel`, at least L long, to be convolved with instead.
+        discrete: (A_bar, B_bar) from `discretize`, to be used instead of discretizing.
+
+    Returns:
+        y (..., L, H) in u's dtype, and the final state (..., P_h) complex, at least complex64 (of
+        the forward direction where bidirectional).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or choices that do not fit; a state with
+            ``bidirectional``; ``conv`` with timesteps, mask or reset.
+
+    Source: Smith et al. 2023, section 3 (eq. 5 and the parallel scan).
+    """
+    B = params["B_re"]
+    check_input("s5.scan", u, B.shape[1], B, rank=2, shape="(..., L, H)")
+    seq = layout(
+        "s5.scan", u, lengths=lengths, mask=mask, reset=reset,
+        integration_timesteps=integration_timesteps,
+    )  # fmt: skip
+
+    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
+        if discrete is not None:
+            return _mimo.given(discrete, "s5.scan", timesteps)
+        return _recurrence(
+            "s5.scan", params, dtype, timesteps, timestep_mode, discretization, alpha, dt_scale,
+            clip_eigs,
+        )  # fmt: skip
+
+    return _mimo.scan(
+        "s5.scan", params, u, state, recurrence, layout=seq, mode=mode,
+        scale=2.0 if conj_sym else 1.0, bidirectional=bidirectional, kernel=kernel,
+    )  # fmt: skip
+
+
+def step(
+    params: Params,
+    u_t: Tensor,
+    state: Tensor,
+    *,
+    integration_timestep: Tensor | None = None,
+    timestep_mode: TimestepMode = "both",
+    discretization: Discretization | None = None,
+    alpha: Number | None = None,
+    dt_scale: Number = 1.0,
+    conj_sym: bool = True,
+    clip_eigs: bool = False,
+    discrete: Discrete | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Take one step.
+
+    Args:
+        params: from `init`.
+        u_t: (..., H), real.
+        state: (..., P_h) complex.
+        integration_timestep: (...), time elapsed since the previous sample, in units of dt.
+        discrete: (A_bar, B_bar) from `discretize`, computed once for many steps.
+        timestep_mode, discretization, alpha, dt_scale, conj_sym, clip_eigs: see `scan`.
+
+    Returns:
+        y_t (..., H) in u_t's dtype and the new state (..., P_h).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or choices that do not fit.
+    """
+
+    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
+        if discrete is not None:
+            return _mimo.given(discrete, "s5.step", integration_timestep)
+        return _recurrence(
+            "s5.step", params, dtype, integration_timestep, timestep_mode, discretization, alpha,
+            dt_scale, clip_eigs,
+        )  # fmt: skip
+
+    return _mimo.step(
+        "s5.step", params, u_t, state, recurrence, scale=2.0 if conj_sym else 1.0
+    )
+
+
+def _recurrence(
+    where: str,
+    params: Params,
+    dtype: torch.dtype,
+    timesteps: Tensor | None,
+    timestep_mode: TimestepMode,
+    discretization: Discretization | None,
+    alpha: Number | None,
+    dt_scale: Number,
+    clip_eigs: bool,
+) -> _mimo.Recurrence:
+    scheme = "zoh" if discretization is None else discretization
+    resolve(scheme, timestep_mode, alpha, DISCRETIZATIONS, where)
+    with full_precision(params["log_dt"].device):
+        re, im = params["Lambda_re"].to(dtype), params["Lambda_im"].to(dtype)
+        Lambda = torch.complex(re.clamp(max=MAX_REAL) if clip_eigs else re, im)
+        dt = torch.exp(params["log_dt"].to(dtype)) * dt_scale
+        A_bar, gamma = discretize_diagonal(
+            Lambda, dt, discretization=scheme, timestep_mode=timestep_mode, alpha=alpha,
+            integration_timesteps=None if timesteps is None else timesteps.to(dtype),
+        )  # fmt: skip
+        z = dt * Lambda if scheme in EXPONENTIAL and timesteps is None else None
+        return _mimo.Recurrence(A_bar, gamma, pair(params, "B", dtype), z)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: MIT
+"""Every model of the library, once. Tests, the command line and architectures walk this table."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType, ModuleType
+from typing import Any, Literal, NamedTuple
+
+from lrnnx_core.models import lru, s4d, s5
+
+NO_CHOICES: Mapping[str, Any] = MappingProxyType({})
+
+
+class Variant(NamedTuple):
+    """One configuration of a model that all generic tests run.
+
+    ``init`` and ``call`` are choices for `init` and for every other function that knows them;
+    ``rtol`` the largest relative disagreement between modes, by dtype name.
+    """
+
+    name: str
+    init: Mapping[str, Any] = NO_CHOICES
+    call: Mapping[str, Any] = NO_CHOICES
+    rtol: Mapping[str, float] = MappingProxyType({"float64": 1e-12, "float32": 1e-5})
+
+
+class Model(NamedTuple):
+    """A model: pure functions on a flat dict of tensors, and what is known about them.
+
+    The functions follow one protocol: ``init(d_model, d_state, ...) -> params``,
+    ``init_state(params, batch_shape) -> state``, ``discretize(params, ...) -> (A_bar, B_bar)``,
+    ``kernel(params, length, ...) -> K`` (time-invariant models only, else None),
+    ``scan(params, u, state, ...) -> (y, state)`` and ``step(params, u_t, state, ...) -> (y_t, state)``.
+    """
+
+    name: str
+    title: str
+    init: Callable[..., Any]
+    init_state: Callable[..., Any]
+    discretize: Callable[..., Any]
+    kernel: Callable[..., Any] | None
+    scan: Callable[..., Any]
+    step: Callable[..., Any]
+    kind: Literal["lti", "ltv"]
+    connectivity: Literal["siso", "mimo"]
+    discretizations: tuple[str, ...]
+    modes: tuple[str, ...]
+    timestep_modes: tuple[str, ...]
+    stability: str
+    """When |A_bar| < 1 holds whatever training does to the parameters."""
+    citation: str
+    variants: tuple[Variant, ...]
+    aliases: tuple[str, ...] = ()
+
+
+def _model(module: ModuleType, **facts: Any) -> Model:
+    functions = ("init", "init_state", "discretize", "kernel", "scan", "step")
+    name = module.__name__.rsplit(".", 1)[-1]
+    return Model(name=name, **{f: getattr(module, f, None) for f in functions}, **facts)
+
+
+MODELS: dict[str, Model] = {
+    m.name: m
+    for m in (
+        _model(
+            s4d,
+            title="S4D",
+            kind="lti",
+            connectivity="siso",
+            discretizations=s4d.DISCRETIZATIONS,
+            modes=("auto", "conv", "scan", "recurrent"),
+            timestep_modes=("both", "state_only"),
+            stability="always, under zoh, dirac, mamba, bilinear and gbt with alpha >= 1/2",
+            citation="""@inproceedings{gu2022s4d,
+  title     = {On the Parameterization and Initialization of Diagonal State Space Models},
+  author    = {Gu, Albert and Gupta, Ankit and Goel, Karan and R{\\'e}, Christopher},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2022},
+  note      = {arXiv:2206.11893}
+}""",
+            variants=(
+                Variant("lin"),
+                Variant("legs_bilinear", {"A_init": "legs"}, {"discretization": "bilinear"}),
+                Variant("inv_untied_dt", {"A_init": "inv", "tied_dt": False}),
+                Variant("random_gbt", {"A_init": "random"}, {"discretization": "gbt", "alpha": 0.7}),
+                Variant("real", {"A_init": "real", "is_real": True}),
+                Variant(
+                    "real_bilinear",
+                    {"A_init": "random", "is_real": True},
+                    {"discretization": "bilinear"},
+                ),
+                Variant("one_ssm_two_channels", {"n_ssm": 1, "channels": 2}),
+                Variant("dirac", {}, {"discretization": "dirac"}),
+                Variant("bidirectional", {"bidirectional": True}, {"bidirectional": True}),
+            ),
+        ),
+        _model(
+            s5,
+            title="S5",
+            kind="lti",
+            connectivity="mimo",
+            discretizations=s5.DISCRETIZATIONS,
+            modes=("auto", "conv", "scan", "recurrent"),
+            timestep_modes=("both", "state_only"),
+            stability="with clip_eigs, under zoh, dirac, mamba, bilinear and gbt with alpha >= 1/2",
+            citation="""@inproceedings{smith2023s5,
+  title     = {Simplified State Space Layers for Sequence Modeling},
+  author    = {Smith, Jimmy T.H. and Warrington, Andrew and Linderman, Scott W.},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2023},
+  note      = {arXiv:2208.04933}
+}""",
+            variants=(
+                Variant("default"),
+                Variant("full_spectrum", {"conj_sym": False}, {"conj_sym": False}),
+                Variant("blocks_clipped", {"blocks": 2}, {"clip_eigs": True}),
+                Variant("bilinear", {"C_init": "lecun_normal"}, {"discretization": "bilinear"}),
+                Variant("dirac", {"C_init": "complex_normal"}, {"discretization": "dirac"}),
+                Variant("lin_mamba", {"Lambda_init": "lin"}, {"discretization": "mamba"}),
+                Variant("bidirectional", {"bidirectional": True}, {"bidirectional": True}),
+            ),
+        ),
+        _model(
+            lru,
+            title="LRU",
+            kind="lti",
+            connectivity="mimo",
+            discretizations=lru.DISCRETIZATIONS,
+            modes=("auto", "conv", "scan", "recurrent"),
+            timestep_modes=("state_only",),
+            stability="always",
+            citation="""@inproceedings{orvieto2023lru,
+  title     = {Resurrecting Recurrent Neural Networks for Long Sequences},
+  author    = {Orvieto, Antonio and Smith, Samuel L. and Gu, Albert and Fernando, Anushan and
+               Gulcehre, Caglar and Pascanu, Razvan and De, Soham},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2023},
+  note      = {arXiv:2303.06349}
+}""",
+            variants=(
+                Variant("default"),
+                Variant("ring", {"r_min": 0.9, "r_max": 0.999, "max_phase": 0.314}),
+                Variant("bidirectional", {"bidirectional": True}, {"bidirectional": True}),
+            ),
+        ),
+    )
+}
+
+
+def get(name: str) -> Model:
+    """Return the model of that name, without regard to case, ``-`` and ``_``; aliases count.
+
+    Raises:
+        ValueError: no such model; the message lists what there is.
+    """
+    wanted = _plain(name)
+    for model in MODELS.values():
+        if wanted in map(_plain, (model.name, *model.aliases)):
+            return model
+    raise ValueError(f"unknown model {name!r}; expected one of {', '.join(MODELS)}")
+
+
+def bind(name: str, **choices: Any) -> Model:
+    """Return the model with these choices fixed in every function that knows them.
+
+    Raises:
+        ValueError: an unknown model, or a choice that none of its functions has.
+    """
+    model = get(name)
+    fields = ("init", "init_state", "discretize", "kernel", "scan", "step")
+    functions = {f: getattr(model, f) for f in fields if getattr(model, f) is not None}
+    known = {f: _options(fn) for f, fn in functions.items()}
+    for choice in choices:
+        if not any(choice in options for options in known.values()):
+            everything = sorted(set().union(*known.values()))
+            raise ValueError(f"{model.name} has no option {choice!r}; expected one of {everything}")
+    return model._replace(
+        **{
+            f: partial(fn, **{k: v for k, v in choices.items() if k in known[f]})
+            for f, fn in functions.items()
+        }
+    )
+
+
+def options(model: Model, function: str) -> frozenset[str]:
+    """Return the names of the keyword options of one of the model's functions."""
+    fn = getattr(model, function)
+    return frozenset() if fn is None else _options(fn)
+
+
+def _options(function: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")

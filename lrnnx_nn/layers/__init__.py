@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: MIT
+"""One small Module a model, all with the constructor ``Layer(d_model, d_state, ...)``."""
+
+from lrnnx_nn.layers.base import Layer
+from lrnnx_nn.layers.lru import LRU
+from lrnnx_nn.layers.s4d import S4D
+from lrnnx_nn.layers.s5 import S5
+
+LAYERS: dict[str, type[Layer]] = {layer.name: layer for layer in (LRU, S4D, S5)}
+"""Layer classes by the registry's names."""
+
+__all__ = ["LAYERS", "LRU", "S4D", "S5", "Layer"]

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: MIT
+"""The thin shell every layer is: it owns the parameters and calls the core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lrnnx_core import checks, registry
+from lrnnx_core.backends.transforms import transform_active
+from lrnnx_core.types import Discretization, Params
+
+# What a call brings rather than the layer: never an option of the constructor.
+_PER_CALL = frozenset(
+    {"integration_timesteps", "lengths", "mask", "reset", "kernel", "discrete", "mode", "dt_scale"}
+)
+_PLACE = frozenset({"generator", "device", "dtype"})
+
+
+class Layer(nn.Module):
+    """A recurrent layer (..., L, H) -> (..., L, H).
+
+    Args:
+        d_model: channels H.
+        d_state: state size, with the meaning the model's `init` gives it.
+        discretization: None for the model's own.
+        mode: how sequences are run, see the model's `scan`.
+        use_fast_path: False runs the plain loop of the specification everywhere.
+        generator, device, dtype: where and how to draw the parameters.
+        **options: every option of the model's `init` and `scan` by its name there.
+
+    The parameters are the tensors of the model's `init` under the same names. They stay at least
+    float32 under ``.half()`` and ``.bfloat16()``, and so do states.
+
+    Raises:
+        ValueError: an option the model does not have, or a value its functions refuse.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        discretization: Discretization | None = None,
+        *,
+        mode: str = "auto",
+        use_fast_path: bool = True,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        model = registry.get(self.name)
+        if discretization is not None:
+            options["discretization"] = discretization
+        initial = registry.options(model, "init") - _PLACE
+        running = registry.options(model, "scan") - _PER_CALL
+        unknown = sorted(set(options) - initial - running)
+        if unknown:
+            raise ValueError(
+                f"{type(self).__name__} has no option {unknown[0]!r}; "
+                f"expected one of {', '.join(sorted(initial | running))}"
+            )
+        if mode not in model.modes:
+            raise ValueError(f"{type(self).__name__}: mode {mode!r}, expected one of {model.modes}")
+        self.d_model, self.d_state = d_model, d_state
+        self.mode = mode if use_fast_path else "recurrent"
+        self._init_options = {k: v for k, v in options.items() if k in initial}
+        self._options = {k: v for k, v in options.items() if k in running or k in initial}
+        self._cache: dict[str, tuple[Any, Any]] = {}
+        fresh = self._draw(generator, device, dtype)
+        self._keys = tuple(fresh)
+        for key, value in fresh.items():
+            self.register_parameter(key, nn.Parameter(value))
+        self._try_options()
+
+    @property
+    def model(self) -> registry.Model:
+        """The registry's entry: the pure functions this layer calls."""
+        return registry.get(self.name)
+
+    @property
+    def params(self) -> Params:
+        """The parameters as the dict the core functions take."""
+        return {key: getattr(self, key) for key in self._keys}
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the parameters again, in place. Safe on the meta device and after ``to_empty``."""
+        first = getattr(self, self._keys[0])
+        with torch.no_grad():
+            for key, value in self._draw(generator, first.device, first.dtype).items():
+                getattr(self, key).copy_(value)
+
+    def init_state(self, batch_shape: Sequence[int] = ()) -> Tensor:
+        """Return the zero state for sequences with these leading dimensions."""
+        return self.model.init_state(self.params, batch_shape)
+
+    def forward(
+        self,
+        u: Tensor,
+        *,
+        integration_timesteps: Tensor | None = None,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        dt_scale: float | Tensor = 1.0,
+    ) -> Tensor:
+        """Run over whole sequences u (..., L, H) from the zero state; return y (..., L, H).
+
+        The arguments after u are those of the model's `scan`.
+        """
+        y, _ = self._scan(
+            u, None, integration_timesteps=integration_timesteps, lengths=lengths, mask=mask,
+            reset=reset, dt_scale=dt_scale,
+        )  # fmt: skip
+        return y
+
+    def prefill(
+        self,
+        u: Tensor,
+        state: Tensor | None = None,
+        *,
+        integration_timesteps: Tensor | None = None,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        dt_scale: float | Tensor = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Run over u (..., L, H) from ``state``; return y and the state after it.
+
+        Any split of a sequence into prefills and steps gives what one `forward` gives.
+
+        Raises:
+            ValueError: a bidirectional layer, which has no state to go on from.
+        """
+        self._check_causal("prefill")
+        return self._scan(
+            u, state, integration_timesteps=integration_timesteps, lengths=lengths, mask=mask,
+            reset=reset, dt_scale=dt_scale,
+        )  # fmt: skip
+
+    def step(
+        self,
+        u_t: Tensor,
+        state: Tensor,
+        *,
+        integration_timestep: Tensor | None = None,
+        dt_scale: float | Tensor = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Take one step: u_t (..., H), state from `init_state`, `prefill` or `step`.
+
+        Raises:
+            ValueError: a bidirectional layer.
+        """
+        self._check_causal("step")
+        options = self._known("step") | {"dt_scale": dt_scale}
+        if integration_timestep is not None:
+            self._check_values(u_t, integration_timestep, None)
+            options["integration_timestep"] = integration_timestep
+        elif (discrete := self._discrete(dt_scale)) is not None:
+            options["discrete"] = discrete
+        return self.model.step(self.params, u_t, state, **options)
+
+    def extra_repr(self) -> str:
+        shown = {"d_model": self.d_model, "d_state": self.d_state, **self._options}
+        return ", ".join(f"{k}={v!r}" for k, v in shown.items())
+
+    def _scan(self, u: Tensor, state: Tensor | None, **sequence: Any) -> tuple[Tensor, Tensor]:
+        self._check_values(u, sequence["integration_timesteps"], sequence["lengths"])
+        options = self._known("scan") | {"mode": self.mode} | sequence
+        uniform = all(sequence[k] is None for k in ("integration_timesteps", "mask", "reset"))
+        if uniform and self._convolves(u) and (K := self._kernel(u, sequence["dt_scale"])) is not None:
+            options["kernel"] = K
+        return self.model.scan(self.params, u, state, **options)
+
+    def _convolves(self, u: Tensor) -> bool:
+        siso = self.model.connectivity == "siso" and u.ndim >= 2 and u.shape[-2] > 32
+        return self.mode == "conv" or (self.mode == "auto" and siso)
+
+    def _known(self, function: str) -> dict[str, Any]:
+        names = registry.options(self.model, function)
+        return {k: v for k, v in self._options.items() if k in names}
+
+    def _draw(
+        self,
+        generator: torch.Generator | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> Params:
+        return self.model.init(
+            self.d_model, self.d_state, generator=generator, device=device, dtype=dtype,
+            **self._init_options,
+        )  # fmt: skip
+
+    def _try_options(self) -> None:
+        """Let the model refuse bad options now rather than at the first batch."""
+        meta = {k: v.detach().to("meta") for k, v in self.params.items()}
+        u = torch.empty(1, 1, self.d_model, device="meta", dtype=torch.float32)
+        sequences = {k: v for k, v in self._known("scan").items() if not isinstance(v, Tensor)}
+        self.model.scan(meta, u, None, mode=self.mode, **sequences)
+
+    def _check_causal(self, what: str) -> None:
+        if self._options.get("bidirectional"):
+            raise ValueError(f"{type(self).__name__}.{what}: a bidirectional layer cannot stream")
+
+    def _check_values(self, u: Tensor, timesteps: Tensor | None, lengths: Tensor | None) -> None:
+        if u.device.type != "cpu" or (timesteps is None and lengths is None) or transform_active():
+            return
+        if timesteps is not None and timesteps.device.type == "cpu":
+            checks.integration_timesteps(timesteps)
+        if lengths is not None and lengths.device.type == "cpu" and u.ndim >= 2:
+            checks.lengths(lengths, u.shape[-2])
+
+    # --- what evaluation need not compute twice -------------------------------------------------
+
+    def _discrete(self, dt_scale: float | Tensor) -> Any:
+        options = self._known("discretize")
+        return self._cached(
+            "discrete",
+            (dt_scale,),
+            lambda: self.model.discretize(self.params, dt_scale=dt_scale, **options),
+        )
+
+    def _kernel(self, u: Tensor, dt_scale: float | Tensor) -> Tensor | None:
+        kernel = self.model.kernel
+        if kernel is None:
+            return None
+        length, options = u.shape[-2], self._known("kernel")
+        return self._cached(
+            "kernel", (length, dt_scale), lambda: kernel(self.params, length, dt_scale=dt_scale, **options)
+        )
+
+    def _cached(self, what: str, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Return a value made once for these parameters, or None where it must not be kept.
+
+        It is kept in evaluation without gradients, outside every transform, until a parameter is
+        replaced or written to in place.
+        """
+        parameters = list(self.params.values())
+        if (
+            self.training
+            or torch.is_grad_enabled()
+            or transform_active()
+            or any(isinstance(k, Tensor) for k in key)
+            or any(p.is_inference() for p in parameters)
+        ):
+            return None
+        stamp = (key, tuple((p.data_ptr(), p.dtype, p.device, p._version) for p in parameters))
+        held = self._cache.get(what)
+        if held is None or held[0] != stamp:
+            self._cache[what] = held = (stamp, make())
+        return held[1]
+
+    def train(self, mode: bool = True) -> Layer:
+        """Set the training mode; what evaluation kept is dropped."""
+        self._cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
+        # State-space parameters never go below float32: decays near one do not survive it.
+        def guarded(t: Tensor) -> Tensor:
+            out = fn(t)
+            narrowed = out.is_floating_point() and out.dtype.itemsize < 4
+            return t.to(out.device) if narrowed else out
+
+        self._cache.clear()
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(guarded, recurse=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": {}}

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: MIT
+"""S5 as a Module."""
+
+from lrnnx_nn.layers.base import Layer
+
+
+class S5(Layer):
+    """S5 (Smith et al. 2023): one multi-input multi-output diagonal state for all channels.
+
+    ``S5(d_model, d_state, discretization=None, **options)``; d_state is the full state size P.
+    Options are those of `lrnnx_core.s5.init` and `lrnnx_core.s5.scan`: ``blocks``, ``conj_sym``,
+    ``bidirectional``, ``Lambda_init``, ``C_init``, ``dt_min``, ``dt_max``, ``clip_eigs``,
+    ``timestep_mode``, ``alpha``.
+    """
+
+    name = "s5"

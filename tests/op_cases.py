@@ -1,0 +1,134 @@
+"""One dict that every generic test of the operators walks: name of the operator -> its cases.
+
+A new public operator adds its entry to CASES; nothing else has to be edited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrnnx_core import ops
+
+L, S = 5, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of calling an operator.
+
+    Attributes:
+        name: what is special about the case.
+        function: (*tensors, backend="auto") -> a tensor or a tuple of tensors.
+        inputs: returns fresh float64, complex128 or bool tensors, the same at every call.
+        primary: also runs where a test is expensive (compilation); the others do so if slow.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    inputs: Callable[[], tuple[Tensor, ...]]
+    primary: bool = False
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Positions of the inputs that have a gradient."""
+        return tuple(i for i, x in enumerate(self.inputs()) if x.dtype != torch.bool)
+
+    def outputs(self, *tensors: Tensor, backend: str = "auto") -> tuple[Tensor, ...]:
+        result = self.function(*tensors, backend=backend)
+        return result if isinstance(result, tuple) else (result,)
+
+    def real_inputs(self) -> tuple[Tensor, ...]:
+        """Return the differentiable inputs, complex ones as (..., 2) real tensors."""
+        tensors = self.inputs()
+        return tuple(as_real(tensors[i]) for i in self.differentiable)
+
+    def real_function(self, backend: str = "auto") -> Callable[..., tuple[Tensor, ...]]:
+        """Return the case as a function of `real_inputs`, whose outputs are real as well."""
+        tensors, differentiable = self.inputs(), self.differentiable
+
+        def function(*reals: Tensor) -> tuple[Tensor, ...]:
+            filled = list(tensors)
+            for position, real in zip(differentiable, reals, strict=True):
+                is_complex = tensors[position].is_complex()
+                filled[position] = torch.complex(*real.unbind(-1)) if is_complex else real
+            return tuple(as_real(y) for y in self.outputs(*filled, backend=backend))
+
+        return function
+
+
+def as_real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def draw(*shape: int, seed: int, complex_: bool = False, scale: float = 1.0) -> Tensor:
+    """Return normal numbers that depend on ``seed`` and nothing else."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.complex128 if complex_ else torch.float64
+    return scale * torch.randn(*shape, generator=generator, dtype=dtype)
+
+
+def scan_case(
+    name: str,
+    a: tuple[int, ...] = (L, S),
+    b: tuple[int, ...] = (L, S),
+    h0: tuple[int, ...] | None = (S,),
+    *,
+    complex_: str = "",
+    reset: bool = False,
+    reverse: bool = False,
+    primary: bool = False,
+) -> Case:
+    """Return a case of `linear_scan`; ``complex_`` holds the first letters of complex inputs."""
+
+    def inputs() -> tuple[Tensor, ...]:
+        tensors = [
+            draw(*a, seed=1, complex_="a" in complex_, scale=0.8),
+            draw(*b, seed=2, complex_="b" in complex_),
+        ]
+        if h0 is not None:
+            tensors.append(draw(*h0, seed=3, complex_="h" in complex_))
+        if reset:
+            tensors.append(torch.tensor([False, False, True, False, True][:L]))
+        return tuple(tensors)
+
+    def function(*tensors: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        rest = list(tensors[2:])
+        return ops.linear_scan(
+            tensors[0],
+            tensors[1],
+            rest.pop(0) if h0 is not None else None,
+            reset=rest.pop(0) if reset else None,
+            reverse=reverse,
+            backend=backend,
+        )
+
+    return Case(name, function, inputs, primary)
+
+
+CASES: dict[str, list[Case]] = {
+    "linear_scan": [
+        scan_case("real", primary=True),
+        scan_case("complex", complex_="abh", primary=True),
+        scan_case("real constant reset", a=(1, S), reset=True),
+        scan_case("real no h0", h0=None),
+        scan_case("real reverse reset", reset=True, reverse=True),
+        scan_case("complex constant reverse", a=(1, S), complex_="abh", reverse=True),
+        scan_case("complex reset no h0", complex_="abh", h0=None, reset=True),
+        scan_case("complex constant no h0", a=(1, S), complex_="a", h0=None),
+        scan_case("real a, complex b", complex_="b"),
+        scan_case("complex a, real b and h0", complex_="a"),
+        scan_case("real a and b, complex h0", complex_="h", reverse=True),
+        scan_case("broadcast", a=(2, 1, 1, S), b=(3, L, 1), h0=(2, 1, S)),
+    ],
+}
+
+ALL = [
+    (f"{op}-{case.name}".replace(" ", "_").replace(",", ""), case)
+    for op, cases in CASES.items()
+    for case in cases
+]
