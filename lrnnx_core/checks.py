@@ -41,7 +41,9 @@ def lengths(value: Tensor, length: int) -> None:
 def cu_seqlens(value: Tensor, length: int) -> None:
     """Raise a ValueError unless 0 = c_0 <= c_1 <= ... <= c_S = length."""
     if value.ndim != 1 or not value.numel() or value.is_floating_point():
-        raise ValueError(f"cu_seqlens: {tuple(value.shape)} {value.dtype}, expected (S + 1,) integers")
+        raise ValueError(
+            f"cu_seqlens: {tuple(value.shape)} {value.dtype}, expected (S + 1,) integers"
+        )
     if int(value[0]) != 0 or int(value[-1]) != length or bool((value.diff() < 0).any()):
         raise ValueError(
             f"cu_seqlens: {value.tolist()[:8]}..., expected 0 first, {length} last, nondecreasing"

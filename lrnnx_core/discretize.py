@@ -42,7 +42,7 @@ def zoh(A: Tensor, dt_decay: Tensor, dt_input: Tensor) -> Discrete:
 
 
 def gbt(A: Tensor, dt_decay: Tensor, dt_input: Tensor, *, alpha: Number) -> Discrete:
-    """Apply the generalised bilinear transform: alpha 0 is Euler, 1/2 bilinear, 1 backward Euler."""
+    """Apply the generalised bilinear transform: alpha 0 is Euler, 1/2 Tustin, 1 backward Euler."""
     decay, drive = dt_decay * A, dt_input * A
     return (1 + (1 - alpha) * decay) / (1 - alpha * decay), dt_input / (1 - alpha * drive)
 
@@ -94,7 +94,9 @@ def resolve(
 ) -> tuple[Scheme, TimestepMode]:
     """Turn a choice into (scheme, timestep_mode), or raise a ValueError that lists the choices."""
     if timestep_mode not in ("both", "state_only"):
-        raise ValueError(f"{where}: timestep_mode {timestep_mode!r}, expected 'both' or 'state_only'")
+        raise ValueError(
+            f"{where}: timestep_mode {timestep_mode!r}, expected 'both' or 'state_only'"
+        )
     if alpha is not None and discretization != "gbt":
         raise ValueError(f"{where}: alpha belongs to discretization='gbt', got {discretization!r}")
     if callable(discretization):

@@ -166,8 +166,8 @@ def s4d_spectrum(init: S4DInit, n: int, copies: int, draw: Drawer) -> tuple[Tens
 
     Args:
         init: ``lin`` (-1/2 + i pi k), ``inv`` (-1/2 + i (N/pi)(N/(2k+1) - 1)), ``inv2``
-            (-1/2 + i N/(k+1)), ``quad`` (-1/2 + i (2k+1)^2/pi), ``legs`` (normal part of HiPPO-LegS),
-            ``real`` (-(k+1)), ``random`` (-1/2 + i exp(normal)); N = 2 n.
+            (-1/2 + i N/(k+1)), ``quad`` (-1/2 + i (2k+1)^2/pi), ``legs`` (normal part of
+            HiPPO-LegS), ``real`` (-(k+1)), ``random`` (-1/2 + i exp(normal)); N = 2 n.
         n: stored states, k = 0 ... n - 1.
         copies: independent systems.
         draw: source of random numbers, device and dtype.

@@ -33,7 +33,8 @@ class Model(NamedTuple):
     The functions follow one protocol: ``init(d_model, d_state, ...) -> params``,
     ``init_state(params, batch_shape) -> state``, ``discretize(params, ...) -> (A_bar, B_bar)``,
     ``kernel(params, length, ...) -> K`` (time-invariant models only, else None),
-    ``scan(params, u, state, ...) -> (y, state)`` and ``step(params, u_t, state, ...) -> (y_t, state)``.
+    ``scan(params, u, state, ...) -> (y, state)`` and ``step(params, u_t, state, ...) -> (y_t,
+    state)``.
     """
 
     name: str
@@ -85,7 +86,9 @@ MODELS: dict[str, Model] = {
                 Variant("lin"),
                 Variant("legs_bilinear", {"A_init": "legs"}, {"discretization": "bilinear"}),
                 Variant("inv_untied_dt", {"A_init": "inv", "tied_dt": False}),
-                Variant("random_gbt", {"A_init": "random"}, {"discretization": "gbt", "alpha": 0.7}),
+                Variant(
+                    "random_gbt", {"A_init": "random"}, {"discretization": "gbt", "alpha": 0.7}
+                ),
                 Variant("real", {"A_init": "real", "is_real": True}),
                 Variant(
                     "real_bilinear",

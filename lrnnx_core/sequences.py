@@ -4,8 +4,8 @@
 The conventions, the same for every model:
 
 * ``lengths (...)``: right padding; row i has ``lengths[i]`` samples.
-* ``mask (..., L)``: bool, False is padding, on either side. At padding the state is untouched and the
-  output is zero.
+* ``mask (..., L)``: bool, False is padding, on either side. At padding the state is untouched and
+  the output is zero.
 * ``reset (..., L)``: bool, the state is cleared before that sample.
 * ``integration_timesteps (..., L)``: the time elapsed *before* each sample.
 """
@@ -173,7 +173,9 @@ def timesteps_from_timestamps(
         timestamps = timestamps.to(torch.float64)
     if convention == "after":
         if last is not None:
-            raise ValueError("timesteps_from_timestamps: last has no meaning with convention='after'")
+            raise ValueError(
+                "timesteps_from_timestamps: last has no meaning with convention='after'"
+            )
         return timestamps.diff(dim=-1)
     if convention != "before":
         raise ValueError(

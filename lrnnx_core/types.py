@@ -24,7 +24,9 @@ Discrete: TypeAlias = tuple[Tensor, Tensor]
 Scheme: TypeAlias = Callable[[Tensor, Tensor, Tensor], Discrete]
 """A discretization: ``(A, dt_decay, dt_input) -> (A_bar, gamma)``, pure."""
 
-SchemeName: TypeAlias = Literal["zoh", "bilinear", "gbt", "euler", "dirac", "mamba", "none", "async"]
+SchemeName: TypeAlias = Literal[
+    "zoh", "bilinear", "gbt", "euler", "dirac", "mamba", "none", "async"
+]
 Discretization: TypeAlias = SchemeName | Scheme
 TimestepMode: TypeAlias = Literal["both", "state_only"]
 Mode: TypeAlias = Literal["auto", "conv", "scan", "recurrent"]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Leaf operators in pure PyTorch: the default on every device.
 
-The scan is two-level. Time is cut into ``nc`` chunks of ``Q`` steps; one loop over Q runs all chunks
-at once from a zero state and keeps the products of the coefficients, one loop over nc carries the
-state from chunk to chunk, and a second loop over Q writes the states from the right start. About
-``2 Q + nc`` PyTorch calls instead of L, linear memory, no logarithm and no division, so zero,
-negative and complex coefficients are all exact.
+The scan is two-level. Time is cut into ``nc`` chunks of ``Q`` steps; one loop over Q runs all
+chunks at once from a zero state and keeps the products of the coefficients, one loop over nc
+carries the state from chunk to chunk, and a second loop over Q writes the states from the right
+start. About ``2 Q + nc`` PyTorch calls instead of L, linear memory, no logarithm and no division,
+so zero, negative and complex coefficients are all exact.
 """
 
 from __future__ import annotations

@@ -1,3 +1,3 @@
 # SPDX-License-Identifier: MIT
 # pyright: basic
-"""Compiled CPU kernels register here (numba, extra ``cpu``); until then every op runs ``blocked``."""
+"""Compiled CPU kernels (numba, extra ``cpu``) register here; without one an op runs ``blocked``."""

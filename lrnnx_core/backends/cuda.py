@@ -10,8 +10,8 @@ from pathlib import Path
 def source_dir() -> Path:
     """Return the folder of the CUDA sources: the checkout's ``cuda/``, else the wheel's copy.
 
-    The checkout is preferred where it stands beside the package, since an editable install may carry
-    an old copy.
+    The checkout is preferred where it stands beside the package, since an editable install may
+    carry an old copy.
 
     Raises:
         FileNotFoundError: neither is there; the installation is broken.

@@ -27,8 +27,8 @@ def forward_mode_depth() -> int:
     """
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
-    jvp = torch._C._functorch.TransformType.Jvp
-    return sum(level.key() == jvp for level in retrieve_all_functorch_interpreters())
+    levels = retrieve_all_functorch_interpreters()
+    return sum(level.key().name == "Jvp" for level in levels)
 
 
 def transform_active() -> bool:

@@ -15,7 +15,7 @@ from lrnnx_core.types import Params
 def check_sizes(where: str, **sizes: int) -> None:
     """Raise unless every size is an integer >= 1."""
     for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:  # pyright: ignore
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"{where}: {name} = {value!r}, expected an integer >= 1")
 
 

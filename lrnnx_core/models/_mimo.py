@@ -34,8 +34,8 @@ MODES = ("auto", "conv", "scan", "recurrent")
 class Recurrence(NamedTuple):
     """A discretized model.
 
-    A_bar is (P,), or (..., L, P) under irregular time; gamma (P,) or (..., L, P), None where B (P, H)
-    is B_bar already; z (P,) is log A_bar where the scheme gives it.
+    A_bar is (P,), or (..., L, P) under irregular time; gamma (P,) or (..., L, P), None where B (P,
+    H) is B_bar already; z (P,) is log A_bar where the scheme gives it.
     """
 
     A_bar: Tensor
@@ -96,9 +96,13 @@ def scan(
             h, last = _states(r, b, state, layout, mode)
             y = readout(params, "C", h, scale)
             if bidirectional:
-                y = y + readout(params, "C2", _backward_states(r, recurrence, x, layout, mode), scale)
+                y = y + readout(
+                    params, "C2", _backward_states(r, recurrence, x, layout, mode), scale
+                )
         else:
-            y, last = _by_kernel(params, r, x, b, state, layout, kernel.to(dtype), scale, bidirectional)
+            y, last = _by_kernel(
+                params, r, x, b, state, layout, kernel.to(dtype), scale, bidirectional
+            )
         y = y + params["D"].to(dtype) * x
         if valid is not None:
             y = torch.where(valid.unsqueeze(-1), y, torch.zeros_like(y))
@@ -137,13 +141,15 @@ def kernel(
     scale: float,
     bidirectional: bool,
 ) -> Tensor:
-    """Return K_t = s Re(C A_bar^t B_bar), (L, H_out, H), or (2, L, H_out, H) for both directions."""
+    """Return K_t = s Re(C A_bar^t B_bar), (L, H_out, H), or both directions stacked in front."""
     if length < 1:
         raise ValueError(f"{where}: length = {length}, expected >= 1")
     table, B_bar = r.table(length), r.B_bar()
 
     def one(key: str) -> Tensor:
-        C = torch.complex(params[key + "_re"].to(B_bar.real.dtype), params[key + "_im"].to(B_bar.real.dtype))
+        C = torch.complex(
+            params[key + "_re"].to(B_bar.real.dtype), params[key + "_im"].to(B_bar.real.dtype)
+        )
         left = C * table.unsqueeze(-2)
         return scale * (left.real @ B_bar.real - left.imag @ B_bar.imag)
 
@@ -186,7 +192,9 @@ def _check(
     if bidirectional:
         check_directions(where, params)
         if state is not None:
-            raise ValueError(f"{where}: a bidirectional model reads whole sequences; state must be None")
+            raise ValueError(
+                f"{where}: a bidirectional model reads whole sequences; state must be None"
+            )
     elif state is not None:
         check_state(where, state, u.shape[:-2], params["B_re"].shape[:1])
     if (mode == "conv" or kernel is not None) and not layout.uniform:

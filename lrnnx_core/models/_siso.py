@@ -107,7 +107,7 @@ def step(
     state: Tensor,
     recurrence: Callable[[torch.dtype, Tensor | None], Recurrence],
 ) -> tuple[Tensor, Tensor]:
-    """Take one step: u_t (..., H), state (..., H, M); return y_t (..., [Ch] H) and the new state."""
+    """Take one step: u_t (..., H), state (..., H, M); return y_t (..., [Ch] H) and a new state."""
     D = params["D"]
     check_input(where, u_t, D.shape[-1], D, rank=1, shape="(..., H)")
     check_state(where, state, u_t.shape[:-1], state_shape(params))
@@ -225,9 +225,7 @@ def _recur(
         a = torch.where(layout.mask.unsqueeze(-1), a, torch.ones_like(a))
     b = (r.B_bar * x.unsqueeze(-1)).flatten(-2)
     backend = "reference" if mode == "recurrent" else "auto"
-    h, last = linear_scan(
-        a, b, state.flatten(-2), reset=layout.resets(length), backend=backend
-    )
+    h, last = linear_scan(a, b, state.flatten(-2), reset=layout.resets(length), backend=backend)
     if layout.lengths is not None:
         last = at_length(h, layout.lengths, state.flatten(-2))
     h = h.unflatten(-1, (size, states))
@@ -258,7 +256,9 @@ def _check(
     if bidirectional:
         _check_directions(where, params)
         if state is not None:
-            raise ValueError(f"{where}: a bidirectional model reads whole sequences; state must be None")
+            raise ValueError(
+                f"{where}: a bidirectional model reads whole sequences; state must be None"
+            )
     elif state is not None:
         check_state(where, state, u.shape[:-2], state_shape(params))
     if (mode == "conv" or kernel is not None) and not layout.uniform:

@@ -50,24 +50,30 @@ def init(
     Args:
         d_model: channels H.
         d_state: number N of complex states, all stored.
-        bidirectional: add C2, an independent readout of the reverse direction (our choice; the paper
-            says only "similar to S4 and S5").
-        r_min, r_max: the eigenvalues start uniform on the ring r_min <= |lambda| <= r_max <= 1.
+        bidirectional: add C2, an independent readout of the reverse direction (our choice; the
+            paper says only "similar to S4 and S5").
+        r_min: inner radius; the eigenvalues start uniform on r_min <= |lambda| <= r_max.
+        r_max: outer radius, at most 1.
         max_phase: largest argument in radians; small values favour long, slow memory.
-        generator, device, dtype: where and how to draw; dtype is at least float32.
+        generator: source of the random numbers; torch's own if None.
+        device: where the tensors are made.
+        dtype: real dtype, at least float32; torch's default if None.
 
     Returns:
         nu_log, theta_log, gamma_log (N,); B_re, B_im (N, H); C_re, C_im (H, N), with
         ``bidirectional`` C2_re, C2_im too; D (H,).
 
     Raises:
-        ValueError: a size < 1; bounds given as floats outside 0 <= r_min < r_max <= 1, max_phase <= 0.
+        ValueError: a size < 1; bounds given as floats outside 0 <= r_min < r_max <= 1, max_phase <=
+            0.
 
     Source: Orvieto et al. 2023, lemma 3.2, section 3.4 and appendix A.
     """
     check_sizes("lru.init", d_model=d_model, d_state=d_state)
     if not (isinstance(r_min, Tensor) or isinstance(r_max, Tensor) or 0 <= r_min < r_max <= 1):
-        raise ValueError(f"lru.init: r_min = {r_min}, r_max = {r_max}, expected 0 <= r_min < r_max <= 1")
+        raise ValueError(
+            f"lru.init: r_min = {r_min}, r_max = {r_max}, expected 0 <= r_min < r_max <= 1"
+        )
     if not isinstance(max_phase, Tensor) and max_phase <= 0:
         raise ValueError(f"lru.init: max_phase = {max_phase}, expected > 0")
     draw = initialize.Drawer(generator, device, dtype).resolved()
@@ -88,7 +94,7 @@ def init(
 def init_state(
     params: Params, batch_shape: Sequence[int] = (), *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return the zero state (*batch_shape, N), complex; ``dtype`` is the real dtype of its parts."""
+    """Return the zero state (*batch_shape, N), complex, with parts of the real ``dtype``."""
     real = compute_dtype(params) if dtype is None else dtype
     like = params["B_re"].to(torch.promote_types(real, torch.complex64))
     return zero_state(like, batch_shape, params["B_re"].shape[:1])
@@ -140,7 +146,8 @@ def kernel(
     Args:
         params: from `init`.
         length: number of samples L, at least 1.
-        discretization, dt_scale: see `discretize`.
+        discretization: see `discretize`.
+        dt_scale: see `discretize`.
         bidirectional: return the kernels of both directions.
 
     Returns:
@@ -181,10 +188,12 @@ def scan(
         lengths: (...), samples per row of a right-padded batch.
         mask: (..., L) bool, False is padding: state untouched, output zero.
         reset: (..., L) bool, clear the state before that sample.
-        timestep_mode, discretization, dt_scale: see `discretize`.
+        timestep_mode: see `discretize`.
+        discretization: see `discretize`.
+        dt_scale: see `discretize`.
         bidirectional: add the reverse direction, read with C2; both count the current sample.
-        mode: ``scan``; ``conv`` (FFT over the state's impulse responses); ``recurrent`` (a loop, the
-            specification); ``auto`` = ``scan``.
+        mode: ``scan``; ``conv`` (FFT over the state's impulse responses); ``recurrent`` (a loop,
+            the specification); ``auto`` = ``scan``.
         kernel: from `kernel`, at least L long, to be convolved with instead.
         discrete: (A_bar, B_bar) from `discretize`, to be used instead of discretizing.
 
@@ -237,7 +246,9 @@ def step(
         state: (..., N) complex.
         integration_timestep: (...), time elapsed since the previous sample, in samples.
         discrete: (A_bar, B_bar) from `discretize`, computed once for many steps.
-        timestep_mode, discretization, dt_scale: see `discretize`.
+        timestep_mode: see `discretize`.
+        discretization: see `discretize`.
+        dt_scale: see `discretize`.
 
     Returns:
         y_t (..., H) in u_t's dtype and the new state (..., N).

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lrnnx_core import initialize
-from lrnnx_core.discretize import EXPONENTIAL, discretize as discretize_diagonal, resolve
+from lrnnx_core.discretize import EXPONENTIAL, resolve
+from lrnnx_core.discretize import discretize as discretize_diagonal
 from lrnnx_core.models import _siso
 from lrnnx_core.models._common import (
     check_choice,
@@ -55,7 +56,8 @@ def init(
 
     Args:
         d_model: channels H.
-        d_state: real states N a channel; stored are N/2 complex ones, or N real ones if ``is_real``.
+        d_state: real states N a channel; stored are N/2 complex ones, or N real ones if
+            ``is_real``.
         A_init: ``lin``, ``inv``, ``inv2``, ``quad``, ``legs``, ``real`` or ``random``; see
             `lrnnx_core.initialize.s4d_spectrum`. Real models take ``real`` (-(n+1)) or ``random``
             (-uniform).
@@ -64,8 +66,11 @@ def init(
         channels: outputs Ch a channel.
         tied_dt: one step a channel; else one for every state.
         bidirectional: add C2, the readout of the reverse direction.
-        dt_min, dt_max: log dt is uniform between their logarithms.
-        generator, device, dtype: where and how to draw; dtype is at least float32.
+        dt_min: smallest initial step; log dt is uniform up to log dt_max.
+        dt_max: largest initial step.
+        generator: source of the random numbers; torch's own if None.
+        device: where the tensors are made.
+        dtype: real dtype, at least float32; torch's default if None.
 
     Returns:
         log_dt (H,) or (H, M) untied; A_log, A_im, B_re, B_im (S, M); C_re, C_im (H, M), or
@@ -73,8 +78,8 @@ def init(
         N/2, or N if ``is_real``. A = -exp(A_log) + i A_im.
 
     Raises:
-        ValueError: a size < 1; an odd N of a complex model; S that does not divide H; an A_init that
-            does not exist or is not for real models.
+        ValueError: a size < 1; an odd N of a complex model; S that does not divide H; an A_init
+            that does not exist or is not for real models.
 
     Source: Gu et al. 2022, sections 3.2 (parametrisation) and 4 (A_init).
     """
@@ -145,8 +150,9 @@ def discretize(
 
     Args:
         params: from `init`.
-        integration_timesteps: (..., L), time elapsed before each sample, in units of dt; the results
-            are then (..., L, H, M), B_bar staying (H, M) under ``timestep_mode="state_only"``.
+        integration_timesteps: (..., L), time elapsed before each sample, in units of dt; the
+            results are then (..., L, H, M), B_bar staying (H, M) under
+            ``timestep_mode="state_only"``.
         timestep_mode: see `lrnnx_core.discretize.discretize`.
         discretization: ``zoh`` (default), ``bilinear``, ``gbt``, ``euler``, ``dirac``, ``mamba``,
             ``async``, or a callable.
@@ -179,12 +185,14 @@ def kernel(
     Args:
         params: from `init`.
         length: number of samples L, at least 1.
-        discretization, alpha, dt_scale: see `discretize`.
+        discretization: see `discretize`.
+        alpha: see `discretize`.
+        dt_scale: see `discretize`.
         bidirectional: return the kernels of both directions.
 
     Returns:
-        K (L, H), or (Ch, L, H) with channels, real; with ``bidirectional`` (2, ..., L, H), where the
-        second runs backwards in time and starts at the next sample.
+        K (L, H), or (Ch, L, H) with channels, real; with ``bidirectional`` (2, ..., L, H), where
+        the second runs backwards in time and starts at the next sample.
 
     Raises:
         ValueError: length < 1, an unknown choice, no C2 in params.
@@ -226,16 +234,19 @@ def scan(
         lengths: (...), samples per row of a right-padded batch.
         mask: (..., L) bool, False is padding: state untouched, output zero.
         reset: (..., L) bool, clear the state before that sample.
-        discretization, alpha, dt_scale: see `discretize`.
+        discretization: see `discretize`.
+        alpha: see `discretize`.
+        dt_scale: see `discretize`.
         bidirectional: add the reverse direction, read with C2; it starts at the next sample.
         mode: ``conv`` (kernel and FFT, nothing of size L N H); ``scan``; ``recurrent`` (a loop, the
-            specification); ``auto``: ``conv`` where nothing varies in time and L > 32, else ``scan``.
+            specification); ``auto``: ``conv`` where nothing varies in time and L > 32, else
+            ``scan``.
         kernel: from `kernel`, at least L long, for ``conv``.
         discrete: (A_bar, B_bar) from `discretize`, to be used instead of discretizing.
 
     Returns:
-        y (..., L, H) in u's dtype, (..., L, Ch H) with channels (channel-major), and the final state
-        (..., H, M), at least float32 (of the forward direction where bidirectional).
+        y (..., L, H) in u's dtype, (..., L, Ch H) with channels (channel-major), and the final
+        state (..., H, M), at least float32 (of the forward direction where bidirectional).
 
     Raises:
         ValueError: shapes, dtypes, devices or choices that do not fit; a state with
@@ -283,7 +294,10 @@ def step(
         state: (..., H, M).
         integration_timestep: (...), time elapsed since the previous sample, in units of dt.
         discrete: (A_bar, B_bar) from `discretize`, computed once for many steps.
-        timestep_mode, discretization, alpha, dt_scale: see `scan`.
+        timestep_mode: see `scan`.
+        discretization: see `scan`.
+        alpha: see `scan`.
+        dt_scale: see `scan`.
 
     Returns:
         y_t (..., H) in u_t's dtype, (..., Ch H) with channels, and the new state (..., H, M).

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lrnnx_core import initialize
-from lrnnx_core.discretize import EXPONENTIAL, discretize as discretize_diagonal, resolve
+from lrnnx_core.discretize import EXPONENTIAL, resolve
+from lrnnx_core.discretize import discretize as discretize_diagonal
 from lrnnx_core.models import _mimo
 from lrnnx_core.models._common import (
     check_choice,
@@ -64,10 +65,13 @@ def init(
         conj_sym: store one eigenvalue of each conjugate pair.
         bidirectional: add C2, the readout of the reverse direction.
         Lambda_init: ``hippo``, or ``lin`` (-1/2 + i pi n, B = 1/sqrt(H), dt on a geometric grid).
-        C_init: ``trunc_standard_normal`` (deviation 1/sqrt(P)), ``lecun_normal`` (1/sqrt(P H)), both
-            rotated by the eigenvectors, or ``complex_normal`` (sqrt(1/2), drawn as stored).
-        dt_min, dt_max: log dt is uniform between their logarithms.
-        generator, device, dtype: where and how to draw; dtype is at least float32.
+        C_init: ``trunc_standard_normal`` (deviation 1/sqrt(P)), ``lecun_normal`` (1/sqrt(P H)),
+            both rotated by the eigenvectors, or ``complex_normal`` (sqrt(1/2), drawn as stored).
+        dt_min: smallest initial step; log dt is uniform up to log dt_max.
+        dt_max: largest initial step.
+        generator: source of the random numbers; torch's own if None.
+        device: where the tensors are made.
+        dtype: real dtype, at least float32; torch's default if None.
 
     Returns:
         Lambda_re, Lambda_im, log_dt (P_h,); B_re, B_im (P_h, H); C_re, C_im (H, P_h), with
@@ -93,7 +97,10 @@ def init(
         form = initialize.normal_form("legs", d_state // blocks, conj_sym=conj_sym)
         V = torch.block_diag(*[form.V] * blocks)
         Lambda = form.Lambda.repeat(blocks)
-        params["Lambda_re"], params["Lambda_im"] = draw.tensor(Lambda.real), draw.tensor(Lambda.imag)
+        params["Lambda_re"], params["Lambda_im"] = (
+            draw.tensor(Lambda.real),
+            draw.tensor(Lambda.imag),
+        )
         params["log_dt"] = initialize.log_dt(draw.uniform(stored), dt_min, dt_max)
         B = draw.lecun(d_state, d_model, fan_in=d_state)
         V_re, V_im = draw.tensor(V.real), draw.tensor(V.imag)
@@ -165,8 +172,8 @@ def discretize(
     Source: Smith et al. 2023, eq. (6) (zero-order hold).
     """
     r = _recurrence(
-        "s5.discretize", params, compute_dtype(params, integration_timesteps), integration_timesteps,
-        timestep_mode, discretization, alpha, dt_scale, clip_eigs,
+        "s5.discretize", params, compute_dtype(params, integration_timesteps),
+        integration_timesteps, timestep_mode, discretization, alpha, dt_scale, clip_eigs,
     )  # fmt: skip
     return r.A_bar, r.B_bar()
 
@@ -187,7 +194,10 @@ def kernel(
     Args:
         params: from `init`.
         length: number of samples L, at least 1.
-        discretization, alpha, dt_scale, clip_eigs: see `discretize`.
+        discretization: see `discretize`.
+        alpha: see `discretize`.
+        dt_scale: see `discretize`.
+        clip_eigs: see `discretize`.
         conj_sym: as in `init`.
         bidirectional: return the kernels of both directions.
 
@@ -239,11 +249,14 @@ def scan(
         lengths: (...), samples per row of a right-padded batch.
         mask: (..., L) bool, False is padding: state untouched, output zero.
         reset: (..., L) bool, clear the state before that sample.
-        discretization, alpha, dt_scale, clip_eigs: see `discretize`.
+        discretization: see `discretize`.
+        alpha: see `discretize`.
+        dt_scale: see `discretize`.
+        clip_eigs: see `discretize`.
         conj_sym: as in `init`.
         bidirectional: add the reverse direction, read with C2; both count the current sample.
-        mode: ``scan``; ``conv`` (FFT over the state's impulse responses); ``recurrent`` (a loop, the
-            specification); ``auto`` = ``scan``, the fastest at every length measured.
+        mode: ``scan``; ``conv`` (FFT over the state's impulse responses); ``recurrent`` (a loop,
+            the specification); ``auto`` = ``scan``, the fastest at every length measured.
         kernel: from `kernel`, at least L long, to be convolved with instead.
         discrete: (A_bar, B_bar) from `discretize`, to be used instead of discretizing.
 
@@ -300,7 +313,12 @@ def step(
         state: (..., P_h) complex.
         integration_timestep: (...), time elapsed since the previous sample, in units of dt.
         discrete: (A_bar, B_bar) from `discretize`, computed once for many steps.
-        timestep_mode, discretization, alpha, dt_scale, conj_sym, clip_eigs: see `scan`.
+        timestep_mode: see `scan`.
+        discretization: see `scan`.
+        alpha: see `scan`.
+        dt_scale: see `scan`.
+        conj_sym: see `scan`.
+        clip_eigs: see `scan`.
 
     Returns:
         y_t (..., H) in u_t's dtype and the new state (..., P_h).
@@ -317,9 +335,7 @@ def step(
             dt_scale, clip_eigs,
         )  # fmt: skip
 
-    return _mimo.step(
-        "s5.step", params, u_t, state, recurrence, scale=2.0 if conj_sym else 1.0
-    )
+    return _mimo.step("s5.step", params, u_t, state, recurrence, scale=2.0 if conj_sym else 1.0)
 
 
 def _recurrence(

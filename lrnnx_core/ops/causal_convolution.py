@@ -71,8 +71,12 @@ def _check(u: Tensor, K: Tensor, mimo: bool) -> None:
         raise ValueError(f"causal_convolution: u is on {u.device} and K on {K.device}")
     for name, value in (("u", u), ("K", K)):
         if not (value.is_floating_point() or value.is_complex()):
-            raise ValueError(f"causal_convolution: {name} has dtype {value.dtype}, expected floating")
+            raise ValueError(
+                f"causal_convolution: {name} has dtype {value.dtype}, expected floating"
+            )
     try:
         torch.broadcast_shapes(u.shape[:-2], K.shape[: -2 - mimo])
     except RuntimeError:
-        raise ValueError(f"causal_convolution: {shapes} do not broadcast at the batch axes") from None
+        raise ValueError(
+            f"causal_convolution: {shapes} do not broadcast at the batch axes"
+        ) from None

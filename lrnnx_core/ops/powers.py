@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Sums over powers a^t of a diagonal, without a table of all of them.
 
-t = Q i + j splits a^t into ``coarse[i] * fine[j]`` with Q near sqrt(L), so a kernel of length L over
-N states is one real batched matrix product, and the (N, L) table is never built.
+t = Q i + j splits a^t into ``coarse[i] * fine[j]`` with Q near sqrt(L), so a kernel of length L
+over N states is one real batched matrix product, and the (N, L) table is never built.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def powers(length: int, *, a: Tensor | None = None, z: Tensor | None = None) -> 
     q = max(1, math.isqrt(length))
     count = length // q + 1
     if z is not None:
-        steps = torch.arange(max(q, count), device=z.device).to(z.real.dtype if z.is_complex() else z.dtype)
+        steps = torch.arange(max(q, count), device=z.device).to(
+            z.real.dtype if z.is_complex() else z.dtype
+        )
         steps = steps.reshape((-1,) + (1,) * z.ndim)
         return Powers(torch.exp(z * steps[:q]), torch.exp(z * (q * steps[:count])))
     if a is None:

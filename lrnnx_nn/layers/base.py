@@ -29,7 +29,9 @@ class Layer(nn.Module):
         discretization: None for the model's own.
         mode: how sequences are run, see the model's `scan`.
         use_fast_path: False runs the plain loop of the specification everywhere.
-        generator, device, dtype: where and how to draw the parameters.
+        generator: source of the random numbers; torch's own if None.
+        device: where the parameters are made.
+        dtype: their real dtype, at least float32.
         **options: every option of the model's `init` and `scan` by its name there.
 
     The parameters are the tensors of the model's `init` under the same names. They stay at least
@@ -167,6 +169,7 @@ class Layer(nn.Module):
         return self.model.step(self.params, u_t, state, **options)
 
     def extra_repr(self) -> str:
+        """Show sizes and options in ``print(layer)``."""
         shown = {"d_model": self.d_model, "d_state": self.d_state, **self._options}
         return ", ".join(f"{k}={v!r}" for k, v in shown.items())
 
@@ -174,7 +177,11 @@ class Layer(nn.Module):
         self._check_values(u, sequence["integration_timesteps"], sequence["lengths"])
         options = self._known("scan") | {"mode": self.mode} | sequence
         uniform = all(sequence[k] is None for k in ("integration_timesteps", "mask", "reset"))
-        if uniform and self._convolves(u) and (K := self._kernel(u, sequence["dt_scale"])) is not None:
+        if (
+            uniform
+            and self._convolves(u)
+            and (K := self._kernel(u, sequence["dt_scale"])) is not None
+        ):
             options["kernel"] = K
         return self.model.scan(self.params, u, state, **options)
 
@@ -232,7 +239,9 @@ class Layer(nn.Module):
             return None
         length, options = u.shape[-2], self._known("kernel")
         return self._cached(
-            "kernel", (length, dt_scale), lambda: kernel(self.params, length, dt_scale=dt_scale, **options)
+            "kernel",
+            (length, dt_scale),
+            lambda: kernel(self.params, length, dt_scale=dt_scale, **options),
         )
 
     def _cached(self, what: str, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
