@@ -9,7 +9,9 @@ which the state decays, ``dt_input`` the time over which an input acts. They dif
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +82,54 @@ SCHEMES: dict[str, Scheme] = {
     "mamba": mamba,
     "none": none,
 }
+
+
+def phi1_derivative(z: Tensor) -> Tensor:
+    """Return d phi1 / dz = (e^z - phi1(z)) / z, right in value at z = 0."""
+    small = z.abs() < _SERIES_RADIUS
+    near = torch.where(small, z, torch.zeros_like(z))
+    # phi1' = sum_k (k + 1) z^k / (k + 2)!, by Horner over the ratio of successive terms
+    series = torch.ones_like(z)
+    for k in range(_SERIES_TERMS, 0, -1):
+        series = 1 + near * series * ((k + 1) / (k * (k + 2)))
+    far = torch.where(small, torch.ones_like(z), z)
+    return torch.where(small, 0.5 * series, (torch.exp(far) - torch.expm1(far) / far) / far)
+
+
+class Fused(NamedTuple):
+    """A scheme as A_bar = decay(dt_decay A), gamma = dt_input gain(dt_input A), with derivatives.
+
+    Fused kernels need these by hand. ``gain`` None means gamma = dt_input, or gamma = 1 where
+    ``scaled`` is False. ``gain_dt`` is d gamma / d dt_input, ``gain_slope`` the derivative of gain.
+    """
+
+    decay: Callable[[Tensor], Tensor]
+    decay_slope: Callable[[Tensor, Tensor], Tensor]
+    """(x, decay(x)) -> derivative of decay at x."""
+    gain: Callable[[Tensor], Tensor] | None = None
+    gain_dt: Callable[[Tensor], Tensor] | None = None
+    gain_slope: Callable[[Tensor], Tensor] | None = None
+    scaled: bool = True
+
+
+def _exponential(x: Tensor, a: Tensor) -> Tensor:
+    return a
+
+
+FUSED: dict[str, Fused] = {
+    "mamba": Fused(torch.exp, _exponential),
+    "dirac": Fused(torch.exp, _exponential, scaled=False),
+    "zoh": Fused(torch.exp, _exponential, phi1, torch.exp, phi1_derivative),
+    "bilinear": Fused(
+        lambda x: (1 + x / 2) / (1 - x / 2),
+        lambda x, a: 1 / (1 - x / 2) ** 2,
+        lambda y: 1 / (1 - y / 2),
+        lambda y: 1 / (1 - y / 2) ** 2,
+        lambda y: 0.5 / (1 - y / 2) ** 2,
+    ),
+}
+"""Schemes that have fused kernels; tested to agree with `SCHEMES` and with their derivatives."""
+
 NAMES = ("zoh", "bilinear", "gbt", "euler", "dirac", "mamba", "none", "async")
 EXPONENTIAL = frozenset({"zoh", "dirac", "mamba", "async"})
 """Schemes with A_bar = exp(dt A): powers are exponentials, and merging two gaps is exact."""

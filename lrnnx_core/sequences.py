@@ -47,23 +47,41 @@ class Layout(NamedTuple):
         """Return the layout of the sequence flipped in time.
 
         Padding moves to the other side, where the zero state passes it untouched. A document that
-        starts before sample t ends, read backwards, before sample t - 1. The time elapsed before a
-        sample is now the gap to its successor; the last sample of a row has none, and takes the
-        first gap of the row.
+        starts at one sample ends, read backwards, before the valid sample in front of it. The time
+        elapsed before a sample is now the gap to its successor in the document; the last sample of
+        a document has none, and takes the first gap of the document.
         """
-        valid = self.valid(length)
-        reset, gaps = self.reset, self.timesteps
-        if reset is not None:
-            reset = torch.cat([reset[..., 1:], torch.zeros_like(reset[..., :1])], dim=-1).flip(-1)
-        if gaps is not None and length:
-            follows = torch.cat([gaps[..., 1:], gaps[..., :1]], dim=-1)
-            if valid is not None:
-                first = torch.argmax(valid.to(torch.uint8), dim=-1, keepdim=True)
-                leading = gaps.expand(valid.shape).gather(-1, first)
-                has_next = torch.cat([valid[..., 1:], torch.zeros_like(valid[..., :1])], dim=-1)
-                follows = torch.where(has_next, follows, leading)
-            gaps = follows.flip(-1)
+        valid, reset, gaps = self.valid(length), self.resets(length), self.timesteps
+        if length and (valid is not None or reset is not None):
+            known = [t for t in (valid, reset, gaps) if t is not None]
+            shape = torch.broadcast_shapes(*(t.shape for t in known))
+            every = torch.ones(shape, dtype=torch.bool, device=known[0].device)
+            counted = every if valid is None else valid.expand(shape)
+            opening = ~every if reset is None else reset.expand(shape)
+            follower, start = _neighbours(counted, opening)
+            # one step past the end stands for "no successor"
+            ends = torch.cat([opening, ~every[..., :1]], dim=-1).gather(-1, follower) & counted
+            if gaps is not None:
+                last = ends | (follower == length)
+                source = torch.where(last, start, follower.clamp(max=length - 1))
+                gaps = gaps.expand(shape).gather(-1, source).flip(-1)
+            if reset is not None:
+                reset = ends.flip(-1)
+        elif gaps is not None and length:
+            gaps = torch.cat([gaps[..., 1:], gaps[..., :1]], dim=-1).flip(-1)
         return Layout(None, None if valid is None else valid.flip(-1), reset, gaps)
+
+
+def _neighbours(valid: Tensor, opening: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where the next valid sample is (L if none), and where one's own document starts."""
+    length = valid.shape[-1]
+    index = torch.arange(length, device=valid.device).expand(valid.shape)
+    upcoming = torch.where(valid, index, length)
+    upcoming = torch.cat([upcoming[..., 1:], torch.full_like(index[..., :1], length)], dim=-1)
+    follower = upcoming.flip(-1).cummin(-1).values.flip(-1)
+    first = torch.argmax(valid.to(torch.uint8), dim=-1, keepdim=True)
+    start = torch.where(opening & valid, index, first).cummax(-1).values
+    return follower, start
 
 
 def layout(
@@ -143,6 +161,42 @@ def align_right(x: Tensor, lengths: Tensor) -> Tensor:
     source = torch.arange(length, device=x.device) - (length - lengths.unsqueeze(-1))
     moved = x.gather(-2, source.clamp(min=0).unsqueeze(-1).expand(x.shape))
     return torch.where((source >= 0).unsqueeze(-1), moved, torch.zeros_like(moved))
+
+
+class Compaction(NamedTuple):
+    """How the valid samples of a mask move to the front of each row, and back.
+
+    A model with more than one kind of state (a convolution's tail beside a recurrence) meets holes
+    in a mask by closing them: padding then touches no state at all.
+    """
+
+    order: Tensor
+    position: Tensor
+    mask: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Compaction:
+        """Return the compaction of a bool mask (..., L)."""
+        order = torch.argsort((~mask).to(torch.uint8), dim=-1, stable=True)
+        position = (mask.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
+        return cls(order, position, mask, mask.sum(-1))
+
+    def close(self, x: Tensor) -> Tensor:
+        """Move valid samples of x (..., L) or (..., L, H) to the front."""
+        return _along_time(x, self.order)
+
+    def open(self, y: Tensor) -> Tensor:
+        """Move results (..., L, H) back to where their samples were; zero at padding."""
+        moved = _along_time(y, self.position)
+        return torch.where(self.mask.unsqueeze(-1), moved, torch.zeros_like(moved))
+
+
+def _along_time(x: Tensor, index: Tensor) -> Tensor:
+    """Gather along the time axis of (..., L) or, with one more axis than the index, (..., L, H)."""
+    if x.ndim == index.ndim:
+        return x.gather(-1, index)
+    return x.gather(-2, index.unsqueeze(-1).expand(*index.shape, x.shape[-1]))
 
 
 def timesteps_from_timestamps(

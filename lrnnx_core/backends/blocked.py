@@ -18,9 +18,10 @@ from torch import Tensor
 
 from lrnnx_core.backends.reference import state_dtype
 
-# From this many independent rows on, one PyTorch call a step is already bound by memory, and the
-# two extra passes of the two-level form cost more than the calls they save.
-SERIAL_ROWS = 4096
+# From this many channels on, one PyTorch call a step is already bound by memory, and the two extra
+# passes of the two-level form cost more than the calls they save. The batch does not count: a row's
+# result must not depend on the rows around it.
+SERIAL_CHANNELS = 4096
 SERIAL_LENGTH = 16
 
 
@@ -87,8 +88,7 @@ def _recurrence(
     state a step hands on is multiplied by zero where ``reset``.
     """
     length = x.shape[-2]
-    rows = math.prod(x.shape[:-2]) * x.shape[-1]
-    if length < SERIAL_LENGTH or rows >= SERIAL_ROWS:
+    if length < SERIAL_LENGTH or x.shape[-1] >= SERIAL_CHANNELS:
         return _serial(out, c, x, state, reset, reverse, adjoint=adjoint)
     q = max(1, math.isqrt(length // 2))
     chunks = length // q
@@ -106,24 +106,25 @@ def _recurrence(
 
     # 1. every chunk from a zero state: its last state, and the product of its coefficients
     ends = torch.zeros_like(x_c.select(-2, 0))
-    products = torch.ones_like(c_c.select(-2, 0) if reset is None else ends)
+    products = torch.ones_like(c_c.select(-2, 0))
     for i in order:
         c_i, x_i = _at(c_c, i), x_c.select(-2, i)
         products = products * c_i
         if adjoint:
             ends.add_(x_i).mul_(c_i)
         if reset_c is not None:
-            cleared = reset_c.select(-1, i).unsqueeze(-1)
-            products = products.masked_fill(cleared, 0)
-            ends.masked_fill_(cleared, 0)
+            ends.masked_fill_(reset_c.select(-1, i).unsqueeze(-1), 0)
         if not adjoint:
             torch.addcmul(x_i, c_i, ends, out=ends)
 
     # 2. the state at the start of every chunk
     starts = torch.empty_like(ends)
+    cleared = None if reset_c is None else reset_c.any(-1).unsqueeze(-1)
     for j in range(chunks - 1, -1, -1) if reverse else range(chunks):
         starts.select(-2, j).copy_(state)
         state = torch.addcmul(ends.select(-2, j), _at(products, j), state)
+        if cleared is not None:  # chosen, and not multiplied by zero: an infinity must not pass
+            state = torch.where(cleared.select(-2, j), ends.select(-2, j), state)
 
     # 3. every chunk again, from its start
     _serial(out_c, c_c, x_c, starts, reset_c, reverse, adjoint=adjoint)

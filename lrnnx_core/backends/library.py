@@ -73,6 +73,9 @@ def _fold_batch(leaf: Callable[..., Any]) -> Callable[..., Any]:
             return value.movedim(dim, 0)
 
         outputs = leaf(*(front(v, d) for v, d in zip(arguments, in_dims, strict=True)))
-        return outputs, (0,) * len(outputs) if isinstance(outputs, tuple) else 0
+        if isinstance(outputs, Tensor):
+            return outputs, 0
+        # An output that stands for an absent gradient has no batch axis: shape (0,).
+        return outputs, tuple(None if o.shape == (0,) else 0 for o in outputs)
 
     return rule

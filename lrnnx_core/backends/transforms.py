@@ -31,6 +31,21 @@ def forward_mode_depth() -> int:
     return sum(level.key().name == "Jvp" for level in levels)
 
 
+def differentiation_depth() -> int:
+    """Return how many differentiating levels (grad, vjp, jvp) of torch.func are active."""
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    names = (level.key().name for level in retrieve_all_functorch_interpreters())
+    return sum(name in ("Grad", "Jvp") for name in names)
+
+
+def dual_level_active() -> bool:
+    """Return whether a `torch.autograd.forward_ad.dual_level` is open."""
+    from torch.autograd import forward_ad
+
+    return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
+
+
 def transform_active() -> bool:
     """Return whether any torch.func transform is active, or torch.compile or export is tracing."""
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
@@ -65,7 +80,10 @@ class _AfterDynamo(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if fullname != "torch._dynamo":
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)  # who asks for the spec need not import the module
         if spec is None or spec.loader is None:
             return None
         self._loader = spec.loader
@@ -81,6 +99,7 @@ class _AfterDynamo(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             spec.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
+        sys.meta_path.remove(self)
         for function in _pending:
             torch.compiler.allow_in_graph(function)
 

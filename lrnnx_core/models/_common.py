@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from lrnnx_core.types import Params
+from lrnnx_core.types import Discrete, Params
 
 
 def check_sizes(where: str, **sizes: int) -> None:
@@ -36,12 +36,59 @@ def check_input(where: str, u: Tensor, width: int, like: Tensor, *, rank: int, s
         raise ValueError(f"{where}: u is on {u.device} and the parameters on {like.device}")
 
 
-def check_state(where: str, state: Tensor, batch: torch.Size, shape: torch.Size) -> None:
-    """Raise unless the state is (*batch, *shape)."""
+def check_state(where: str, state: Tensor, batch: torch.Size, shape: torch.Size, u: Tensor) -> None:
+    """Raise unless the state is (*batch, *shape), on the device of u."""
     if state.shape != batch + shape:
         raise ValueError(
             f"{where}: state {tuple(state.shape)}, expected {tuple(batch + shape)} for this input"
         )
+    check_device(where, "state", state, u)
+
+
+def check_device(where: str, name: str, value: Tensor, u: Tensor) -> None:
+    """Raise unless ``value`` is on the device of u."""
+    if value.device != u.device:
+        raise ValueError(f"{where}: {name} is on {value.device} and u on {u.device}")
+
+
+def check_discrete(where: str, discrete: Discrete, state: torch.Size, B_bar: torch.Size) -> None:
+    """Raise unless (A_bar, B_bar) end in these shapes."""
+    got = tuple(tuple(t.shape) for t in discrete)
+    if discrete[0].shape[-len(state) :] != state or discrete[1].shape[-2:] != B_bar:
+        raise ValueError(
+            f"{where}: discrete has shapes {got[0]} and {got[1]}, expected them to end in "
+            f"{tuple(state)} and {tuple(B_bar)}"
+        )
+
+
+def check_steady(where: str, A_bar: Tensor, *, backwards: bool, convolves: bool) -> None:
+    """Raise where a precomputed A_bar that varies in time cannot be used."""
+    if backwards or convolves:
+        raise ValueError(
+            f"{where}: discrete with A_bar {tuple(A_bar.shape)} varies in time; it can run neither "
+            "backwards nor as a convolution"
+        )
+
+
+def check_timestep(where: str, timestep: Tensor | None, u_t: Tensor) -> None:
+    """Raise unless integration_timestep is floating and broadcasts to the batch of u_t (..., H)."""
+    if timestep is None:
+        return
+    batch = u_t.shape[:-1]
+    fits = timestep.ndim <= len(batch) and all(
+        have in (1, want)
+        for have, want in zip(reversed(timestep.shape), reversed(batch), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{where}: integration_timestep {tuple(timestep.shape)} does not fit u "
+            f"{tuple(u_t.shape)}; expected {tuple(batch)} or fewer axes"
+        )
+    if not timestep.is_floating_point():
+        raise ValueError(
+            f"{where}: integration_timestep has dtype {timestep.dtype}, expected a floating one"
+        )
+    check_device(where, "integration_timestep", timestep, u_t)
 
 
 def check_keys(where: str, params: Params, keys: Iterable[str], hint: str) -> None:
@@ -67,8 +114,9 @@ def pair(params: Params, key: str, dtype: torch.dtype) -> Tensor:
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Switch autocast off: state-space arithmetic stays at least float32."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
     return nullcontext()
 
 

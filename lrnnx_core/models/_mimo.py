@@ -17,9 +17,12 @@ from torch import Tensor
 
 from lrnnx_core.models._common import (
     check_choice,
+    check_device,
+    check_discrete,
     check_input,
     check_keys,
     check_state,
+    check_steady,
     compute_dtype,
     full_precision,
 )
@@ -51,6 +54,9 @@ class Recurrence(NamedTuple):
         """Return gamma_t * (B u_t), (..., L, P), by two real products."""
         varying = self.gamma is not None and self.gamma.ndim > 1
         B = self.B if varying else self.B_bar()
+        if B.ndim > 2:  # a precomputed B_bar of irregular time, a matrix a sample
+            column = u.unsqueeze(-1)
+            return torch.complex(B.real @ column, B.imag @ column).squeeze(-1)
         b = torch.complex(u @ B.real.mT, u @ B.imag.mT)
         return self.gamma * b if varying and self.gamma is not None else b
 
@@ -87,6 +93,9 @@ def scan(
         if valid is not None:
             x = torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))
         r = recurrence(dtype, layout.timesteps)
+        if layout.timesteps is None and r.A_bar.ndim > 1:
+            convolves = mode == "conv" or kernel is not None
+            check_steady(where, r.A_bar, backwards=bidirectional, convolves=convolves)
         b = r.drive(x)
         if state is None:
             state = torch.zeros_like(b[..., 0, :]) if length else b.sum(-2)
@@ -121,7 +130,7 @@ def step(
     """Take one step: u_t (..., H), state (..., P); return y_t (..., H_out) and the new state."""
     B = params["B_re"]
     check_input(where, u_t, B.shape[1], B, rank=1, shape="(..., H)")
-    check_state(where, state, u_t.shape[:-1], B.shape[:1])
+    check_state(where, state, u_t.shape[:-1], B.shape[:1], u_t)
     with full_precision(u_t.device):
         dtype = compute_dtype(params, u_t, state)
         x = u_t.to(dtype)
@@ -165,11 +174,14 @@ def readout(params: Params, key: str, h: Tensor, scale: float) -> Tensor:
     return scale * (h.real @ re.mT - h.imag @ im.mT)
 
 
-def given(discrete: Discrete, where: str, timesteps: Tensor | None) -> Recurrence:
+def given(
+    discrete: Discrete, where: str, params: Params, dtype: torch.dtype, timesteps: Tensor | None
+) -> Recurrence:
     """Return the recurrence of a precomputed (A_bar, B_bar)."""
     if timesteps is not None:
         raise ValueError(f"{where}: give discrete or integration_timesteps, not both")
-    A_bar, B_bar = discrete
+    check_discrete(where, discrete, params["B_re"].shape[:1], params["B_re"].shape)
+    A_bar, B_bar = (t.to(torch.promote_types(dtype, torch.complex64)) for t in discrete)
     return Recurrence(A_bar, None, B_bar)
 
 
@@ -196,13 +208,14 @@ def _check(
                 f"{where}: a bidirectional model reads whole sequences; state must be None"
             )
     elif state is not None:
-        check_state(where, state, u.shape[:-2], params["B_re"].shape[:1])
+        check_state(where, state, u.shape[:-2], params["B_re"].shape[:1], u)
     if (mode == "conv" or kernel is not None) and not layout.uniform:
         raise ValueError(
             f"{where}: a convolution cannot run with integration_timesteps, mask or reset; use "
             "mode='scan' or 'auto', without kernel"
         )
     if kernel is not None:
+        check_device(where, "kernel", kernel, u)
         shape = (*params["C_re"].shape[:1], *params["B_re"].shape[1:])
         rank = 3 + bidirectional
         if kernel.ndim != rank or kernel.shape[-2:] != shape or kernel.shape[-3] < u.shape[-2]:

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from lrnnx_core.models._common import (
     check_choice,
+    check_device,
+    check_discrete,
     check_input,
     check_keys,
     check_state,
+    check_steady,
     compute_dtype,
     full_precision,
 )
@@ -65,9 +68,6 @@ def scan(
     """
     _check(where, params, u, state, layout, mode, bidirectional, kernel)
     length = u.shape[-2]
-    if mode == "auto":
-        by_kernel = kernel is not None or (layout.uniform and length > SCAN_LENGTH)
-        mode = "conv" if by_kernel else "scan"
     with full_precision(u.device):
         dtype = compute_dtype(params, u, state)
         x = u.to(dtype)
@@ -75,6 +75,12 @@ def scan(
         if valid is not None:
             x = torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))
         r = recurrence(dtype, layout.timesteps)
+        steady = layout.uniform and r.A_bar.ndim == 2
+        if layout.uniform and not steady:
+            convolves = mode == "conv" or kernel is not None
+            check_steady(where, r.A_bar, backwards=bidirectional, convolves=convolves)
+        if mode == "auto":
+            mode = "conv" if kernel is not None or (steady and length > SCAN_LENGTH) else "scan"
         shape = x.shape[:-2] + state_shape(params)
         h0 = r.B_bar.new_zeros(shape) if state is None else state.to(r.B_bar.dtype)
         K = None if kernel is None else kernel.to(dtype)
@@ -91,7 +97,10 @@ def scan(
             back, zero = None if K is None else K[1], torch.zeros_like(h0)
             y2, _ = _run(r, C2, x.flip(-2), zero, flipped, mode, back)
             y2 = y2.flip(-2)
-            y = y + torch.cat([y2[..., 1:, :], torch.zeros_like(y2[..., :1, :])], dim=-2)
+            y2 = torch.cat([y2[..., 1:, :], torch.zeros_like(y2[..., :1, :])], dim=-2)
+            if flipped.reset is not None:  # the next sample belongs to another document
+                y2 = y2.masked_fill(flipped.reset.flip(-1).unsqueeze(-1), 0)
+            y = y + y2
         D = params["D"].to(dtype)
         skip = D * x if D.ndim == 1 else (D * x.unsqueeze(-2)).flatten(-2)
         y = y + skip
@@ -110,7 +119,7 @@ def step(
     """Take one step: u_t (..., H), state (..., H, M); return y_t (..., [Ch] H) and a new state."""
     D = params["D"]
     check_input(where, u_t, D.shape[-1], D, rank=1, shape="(..., H)")
-    check_state(where, state, u_t.shape[:-1], state_shape(params))
+    check_state(where, state, u_t.shape[:-1], state_shape(params), u_t)
     with full_precision(u_t.device):
         dtype = compute_dtype(params, u_t, state)
         x = u_t.to(dtype)
@@ -141,11 +150,15 @@ def kernel(
     return K.squeeze(-3) if params["D"].ndim == 1 else K
 
 
-def given(discrete: Discrete, where: str, timesteps: Tensor | None) -> Recurrence:
+def given(
+    discrete: Discrete, where: str, params: Params, dtype: torch.dtype, timesteps: Tensor | None
+) -> Recurrence:
     """Return the recurrence of a precomputed (A_bar, B_bar)."""
     if timesteps is not None:
         raise ValueError(f"{where}: give discrete or integration_timesteps, not both")
-    return Recurrence(*discrete)
+    check_discrete(where, discrete, *[state_shape(params)] * 2)
+    A_bar, B_bar = (t.to(complex_of(dtype) if t.is_complex() else dtype) for t in discrete)
+    return Recurrence(A_bar, B_bar)
 
 
 def state_shape(params: Params) -> torch.Size:
@@ -260,13 +273,14 @@ def _check(
                 f"{where}: a bidirectional model reads whole sequences; state must be None"
             )
     elif state is not None:
-        check_state(where, state, u.shape[:-2], state_shape(params))
+        check_state(where, state, u.shape[:-2], state_shape(params), u)
     if (mode == "conv" or kernel is not None) and not layout.uniform:
         raise ValueError(
             f"{where}: a convolution cannot run with integration_timesteps, mask or reset; use "
             "mode='scan' or 'auto', without kernel"
         )
     if kernel is not None:
+        check_device(where, "kernel", kernel, u)
         if mode not in ("auto", "conv"):
             raise ValueError(f"{where}: kernel is for mode 'conv' or 'auto', got {mode!r}")
         shape = (2,) * bidirectional + params["D"].shape[:-1]

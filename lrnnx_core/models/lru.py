@@ -22,6 +22,7 @@ from lrnnx_core.models._common import (
     check_choice,
     check_input,
     check_sizes,
+    check_timestep,
     compute_dtype,
     full_precision,
     pair,
@@ -216,7 +217,7 @@ def scan(
 
     def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
         if discrete is not None:
-            return _mimo.given(discrete, "lru.scan", timesteps)
+            return _mimo.given(discrete, "lru.scan", params, dtype, timesteps)
         return _recurrence(
             "lru.scan", params, dtype, timesteps, timestep_mode, discretization, dt_scale
         )
@@ -256,10 +257,11 @@ def step(
     Raises:
         ValueError: shapes, dtypes, devices or choices that do not fit.
     """
+    check_timestep("lru.step", integration_timestep, u_t)
 
     def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
         if discrete is not None:
-            return _mimo.given(discrete, "lru.step", integration_timestep)
+            return _mimo.given(discrete, "lru.step", params, dtype, integration_timestep)
         return _recurrence(
             "lru.step", params, dtype, integration_timestep, timestep_mode, discretization, dt_scale
         )

@@ -24,6 +24,7 @@ from lrnnx_core.models._common import (
     check_choice,
     check_input,
     check_sizes,
+    check_timestep,
     compute_dtype,
     full_precision,
     pair,
@@ -263,7 +264,7 @@ def scan(
 
     def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _siso.Recurrence:
         if discrete is not None:
-            return _siso.given(discrete, "s4d.scan", timesteps)
+            return _siso.given(discrete, "s4d.scan", params, dtype, timesteps)
         return _recurrence(
             "s4d.scan", params, dtype, timesteps, timestep_mode, discretization, alpha, dt_scale
         )
@@ -305,10 +306,11 @@ def step(
     Raises:
         ValueError: shapes, dtypes, devices or choices that do not fit.
     """
+    check_timestep("s4d.step", integration_timestep, u_t)
 
     def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _siso.Recurrence:
         if discrete is not None:
-            return _siso.given(discrete, "s4d.step", integration_timestep)
+            return _siso.given(discrete, "s4d.step", params, dtype, integration_timestep)
         return _recurrence(
             "s4d.step", params, dtype, integration_timestep, timestep_mode, discretization, alpha,
             dt_scale,

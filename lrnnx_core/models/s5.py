@@ -25,6 +25,7 @@ from lrnnx_core.models._common import (
     check_choice,
     check_input,
     check_sizes,
+    check_timestep,
     compute_dtype,
     full_precision,
     pair,
@@ -279,7 +280,7 @@ def scan(
 
     def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
         if discrete is not None:
-            return _mimo.given(discrete, "s5.scan", timesteps)
+            return _mimo.given(discrete, "s5.scan", params, dtype, timesteps)
         return _recurrence(
             "s5.scan", params, dtype, timesteps, timestep_mode, discretization, alpha, dt_scale,
             clip_eigs,
@@ -326,10 +327,11 @@ def step(
     Raises:
         ValueError: shapes, dtypes, devices or choices that do not fit.
     """
+    check_timestep("s5.step", integration_timestep, u_t)
 
     def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
         if discrete is not None:
-            return _mimo.given(discrete, "s5.step", integration_timestep)
+            return _mimo.given(discrete, "s5.step", params, dtype, integration_timestep)
         return _recurrence(
             "s5.step", params, dtype, integration_timestep, timestep_mode, discretization, alpha,
             dt_scale, clip_eigs,

@@ -32,7 +32,7 @@ def causal_convolution(u: Tensor, K: Tensor, *, mimo: bool = False) -> Tensor:
     u, K = u.to(dtype), K.to(dtype)
     if size > length:
         K, size = K.narrow(-2 - mimo, 0, length), length
-    if length <= 1 or size == 0:
+    if length == 1 or not u.numel() or not K.numel():  # MKL refuses an empty batch
         now = K.sum(-2 - mimo, keepdim=True)  # K_0, or zeros where there is no tap or no sample
         return _apply(now, u, mimo).to(result)
     n = fast_length(length + size - 1)

@@ -24,7 +24,13 @@ class Powers(NamedTuple):
         """Return a^exponent, (*exponent.shape, *S), for exponents 0 ... length."""
         q = self.fine.shape[0]
         coarse = torch.div(exponent, q, rounding_mode="floor")
-        return self.fine[exponent % q] * self.coarse[coarse]
+        return _rows(self.fine, exponent % q) * _rows(self.coarse, coarse)
+
+
+def _rows(table: Tensor, index: Tensor) -> Tensor:
+    """Return table[index]; the plain form reads a 0-d index on the host: a synchronisation."""
+    rows = table.index_select(0, index.reshape(-1))
+    return rows.reshape(index.shape + table.shape[1:])
 
 
 def powers(length: int, *, a: Tensor | None = None, z: Tensor | None = None) -> Powers:

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: MIT
+"""The selective scan of Mamba (S6): a diagonal recurrence whose steps and matrices vary in time.
+
+Built like `linear_scan`, over one forward and one backward leaf, with one difference: the fused
+gradient is a first derivative only. Where more is asked for (two levels of torch.func, or any
+forward mode) the public function runs a composite of differentiable pieces instead, and a second
+derivative of an eager graph goes through the derivative of that composite.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrnnx_core.backends import blocked_selective, library, reference
+from lrnnx_core.backends.transforms import (
+    allow_in_graph,
+    differentiation_depth,
+    dual_level_active,
+    forward_mode_depth,
+)
+from lrnnx_core.discretize import FUSED, resolve
+from lrnnx_core.ops.linear_scan import linear_scan
+from lrnnx_core.types import Backend, Discretization, Number, Scheme, TimestepMode
+
+
+class Arguments(NamedTuple):
+    """The tensors of the leaf operator, in its order; ranks as `blocked_selective` states them."""
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    h0: Tensor | None
+    decay_dt: Tensor | None
+    timesteps: Tensor | None
+    reset: Tensor | None
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    h0: Tensor | None = None,
+    *,
+    decay_dt: Tensor | None = None,
+    softplus: bool = False,
+    discretization: Discretization = "mamba",
+    alpha: Number | None = None,
+    integration_timesteps: Tensor | None = None,
+    timestep_mode: TimestepMode = "both",
+    reset: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Compute h_t = A_bar_t h_{t-1} + gamma_t B_t u_t and y_t = (sum_n C_t h_t + D u_t) silu(z_t).
+
+    (A_bar_t, gamma_t) is the discretization of A with the step delta_t = dt_t + dt_bias, or its
+    softplus. For complex A every stored state stands for a conjugate pair: y takes 2 Re(sum_n C h).
+
+    Args:
+        u: (..., L, E), the input, real.
+        dt: (..., L, E), the step before bias and softplus.
+        A: (E, N), the diagonal of each channel's state matrix, real or complex.
+        B: (..., L, N); (..., L, G, N) where channel d belongs to group d // (E/G); or (E, N)
+            constant in time (with a u without batch axes (1, E, N): (E, N) would be read as (L, N)).
+        C: the same forms as B, not necessarily the same one.
+        D: (E,), the direct path.
+        z: (..., L, E), the gate.
+        dt_bias: (E,).
+        h0: (..., E, N), the state before the first step; zeros if None.
+        decay_dt: (E,) or (..., L, E), replaces delta in the decay (STREAM); not passed through
+            bias and softplus.
+        softplus: whether delta = softplus(dt + dt_bias).
+        discretization: ``mamba``, ``zoh``, ``bilinear``, ``dirac`` (fused); ``async``, ``gbt``,
+            ``euler`` or a callable (composed of differentiable pieces, memory L E N).
+        alpha: the number of ``gbt``.
+        integration_timesteps: (..., L), multiplies the step.
+        timestep_mode: whether in decay and input (``both``) or in the decay (``state_only``).
+        reset: (..., L) bool, clear the state before that step.
+        backend: ``"auto"``, or ``"reference"`` for the plain differentiable loop.
+
+    Returns:
+        y (..., L, E) in u's dtype, and the last state (..., E, N), at least float32.
+
+    Raises:
+        ValueError: shapes that do not fit, groups that do not divide E, a dtype that is not
+            floating, tensors on different devices, an unknown choice.
+
+    Source: Gu & Dao 2023 (Mamba), arXiv:2312.00752, section 3 and algorithm 2.
+    """
+    if backend not in ("auto", "reference"):
+        raise ValueError(f"selective_scan: backend {backend!r}, expected 'auto' or 'reference'")
+    if discretization == "none":
+        raise ValueError("selective_scan: discretization 'none' has no use for dt")
+    scheme, timestep_mode = resolve(discretization, timestep_mode, alpha, where="selective_scan")
+    arguments = _prepare(
+        Arguments(u, dt, A, B, C, D, z, dt_bias, h0, decay_dt, integration_timesteps, reset)
+    )
+    name = "zoh" if discretization == "async" else discretization
+    state_only = timestep_mode == "state_only"
+    if backend == "reference":
+        return reference.selective_scan(*arguments, softplus, state_only, scheme)
+    if not isinstance(name, str) or name not in FUSED:
+        return _composite(arguments, softplus, state_only, scheme)
+    return _selective_scan(*arguments, softplus, state_only, name)
+
+
+def _prepare(x: Arguments) -> Arguments:
+    """Check the arguments and bring them to the ranks of the leaf operator, as views."""
+    u, A = x.u, x.A
+    if u.ndim < 2 or A.ndim != 2:
+        raise ValueError(
+            f"selective_scan: u {tuple(u.shape)} and A {tuple(A.shape)}, expected (..., L, E) "
+            "and (E, N)"
+        )
+    _check_kinds(x)
+    length, width, states = u.shape[-2], u.shape[-1], A.shape[-1]
+    decay = x.decay_dt
+    if decay is not None and decay.ndim == 1:
+        decay = decay.unsqueeze(0)
+    x = x._replace(B=_matrix("B", x.B, u, states), C=_matrix("C", x.C, u, states), decay_dt=decay)
+    parameters = {"A": (width, states), "D": (width,), "dt_bias": (width,)}
+    for name, shape in parameters.items():
+        value = getattr(x, name)
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f"selective_scan: {name} {tuple(value.shape)}, expected {shape}")
+    sequence, any_time = (length, width), -1  # a time axis of 1 is constant in time
+    ends = {
+        "u": sequence, "dt": sequence, "z": sequence, "B": (any_time, x.B.shape[-2], states),
+        "C": (any_time, x.C.shape[-2], states), "h0": (width, states),
+        "decay_dt": (any_time, width), "timesteps": (length,), "reset": (length,),
+    }  # fmt: skip
+    leads: dict[str, torch.Size] = {}
+    for name, end in ends.items():
+        value = getattr(x, name)
+        if value is None:
+            continue
+        have = tuple(value.shape[max(value.ndim - len(end), 0) :])
+        if len(have) != len(end) or any(
+            h not in (1, length) if e == any_time else h != e
+            for h, e in zip(have, end, strict=True)
+        ):
+            raise ValueError(
+                f"selective_scan: {name} {tuple(value.shape)} does not fit u {tuple(u.shape)} "
+                f"and A {tuple(A.shape)}"
+            )
+        leads[name] = value.shape[: value.ndim - len(end)]
+    try:
+        batch = torch.broadcast_shapes(*leads.values())
+    except RuntimeError:
+        got = ", ".join(f"{n} {tuple(s)}" for n, s in leads.items())
+        raise ValueError(f"selective_scan: batch axes do not broadcast: {got}") from None
+    wide = {
+        name: getattr(x, name).expand(*batch, *getattr(x, name).shape[len(lead) :])
+        for name, lead in leads.items()
+        if lead != batch
+    }
+    return x._replace(**wide)
+
+
+def _check_kinds(x: Arguments) -> None:
+    """Raise unless devices agree and dtypes are floating (complex where A allows it)."""
+    for name, value in zip(Arguments._fields, x, strict=True):
+        if value is None:
+            continue
+        if value.device != x.u.device:
+            raise ValueError(f"selective_scan: {name} is on {value.device} and u on {x.u.device}")
+        complex_ok = name == "A" or (name in ("B", "C", "h0") and x.A.is_complex())
+        right = value.is_floating_point() or (complex_ok and value.is_complex())
+        if name == "reset":
+            right = value.dtype == torch.bool
+        if not right:
+            raise ValueError(f"selective_scan: {name} has dtype {value.dtype}, with A {x.A.dtype}")
+
+
+def _matrix(name: str, value: Tensor, u: Tensor, states: int) -> Tensor:
+    """Bring B or C to (..., L or 1, G, N)."""
+    length, width = u.shape[-2:]
+    if value.ndim < 2 or value.shape[-1] != states:
+        raise ValueError(
+            f"selective_scan: {name} {tuple(value.shape)}, expected N = {states} at axis -1"
+        )
+    if value.ndim == u.ndim + 1:
+        grouped = value
+    elif value.ndim == u.ndim and value.shape[-2] == length:
+        grouped = value.unsqueeze(-2)
+    elif value.ndim == 2 and value.shape[0] == width:
+        grouped = value.unsqueeze(0)
+    else:
+        raise ValueError(
+            f"selective_scan: {name} {tuple(value.shape)} with u {tuple(u.shape)}, expected "
+            "(..., L, N), (..., L, G, N) or a constant (E, N)"
+        )
+    groups = grouped.shape[-2]
+    if groups < 1 or width % groups:
+        raise ValueError(f"selective_scan: {groups} groups in {name} do not divide E = {width}")
+    return grouped
+
+
+def _composite(
+    arguments: Arguments, softplus: bool, state_only: bool, scheme: Scheme
+) -> tuple[Tensor, Tensor]:
+    """Compose the operator of differentiable pieces: right to any order, memory L E N."""
+    u, dt, A, B, C, D, z, dt_bias, h0, decay_dt, tau, reset = arguments
+    real = torch.promote_types(u.dtype, A.real.dtype if A.is_complex() else A.dtype)
+    real = reference.state_dtype(real)
+    kind = torch.promote_types(real, A.dtype)
+    B, C = (_spread(t.to(torch.promote_types(t.dtype, real)), u.shape[-1]) for t in (B, C))
+    x = u.to(real)
+    delta = dt.to(real) if dt_bias is None else dt.to(real) + dt_bias.to(real)
+    delta = torch.nn.functional.softplus(delta) if softplus else delta
+    decay = delta if decay_dt is None else decay_dt.to(real)
+    if tau is not None:
+        tau = tau.to(real).unsqueeze(-1)
+        decay, delta = tau * decay, delta if state_only else tau * delta
+    A_bar, gamma = scheme(A.to(kind), decay.unsqueeze(-1), delta.unsqueeze(-1))
+    drive = (gamma * B * x.unsqueeze(-1)).to(kind)
+    start = None if h0 is None else h0.to(kind).flatten(-2)
+    h, last = linear_scan(A_bar.flatten(-2), drive.flatten(-2), start, reset=reset)
+    y = (h.unflatten(-1, A.shape) * C).sum(-1)
+    y = 2 * y.real if y.is_complex() else y
+    y = y if D is None else y + D.to(real) * x
+    y = y if z is None else y * torch.nn.functional.silu(z.to(real))
+    return y.to(u.dtype), last.unflatten(-1, A.shape)
+
+
+def _spread(t: Tensor, width: int) -> Tensor:
+    """(..., G, N) -> (..., E, N)."""
+    return t if t.shape[-2] == width else t.repeat_interleave(width // t.shape[-2], -2)
+
+
+def _selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    decay_dt: Tensor | None,
+    timesteps: Tensor | None,
+    reset: Tensor | None,
+    softplus: bool,
+    state_only: bool,
+    scheme: str,
+) -> tuple[Tensor, Tensor]:
+    arguments = Arguments(u, dt, A, B, C, D, z, dt_bias, h0, decay_dt, timesteps, reset)
+    if differentiation_depth() > 1 or forward_mode_depth() or dual_level_active():
+        function, _ = resolve(scheme)  # pyright: ignore[reportArgumentType]
+        return _composite(arguments, softplus, state_only, function)
+    y, last, _ = _Selective.apply(*arguments, softplus, state_only, scheme)
+    return y, last
+
+
+class _Selective(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _leaf(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.choices = inputs[12:]
+        ctx.save_for_backward(*inputs[:12], output[2])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, kept = ctx.saved_tensors
+        results = _SelectiveBackward.apply(kept, grads[0], grads[1], *inputs, *ctx.choices)
+        gradients = [g if t is not None else None for g, t in zip(results, inputs, strict=False)]
+        return (*gradients, None, *(None,) * len(ctx.choices))
+
+
+class _SelectiveBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _leaf_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.choices = inputs[15:]
+        ctx.save_for_backward(*inputs[1:15])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_y, grad_last, *inputs = ctx.saved_tensors
+        softplus, state_only, name = ctx.choices
+        scheme, _ = resolve(name)
+        present = [i for i, t in enumerate(inputs[:11]) if t is not None]
+
+        def forward(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            arguments = list(inputs)
+            for i, t in zip(present, tensors, strict=True):
+                arguments[i] = t
+            return _composite(Arguments(*arguments), softplus, state_only, scheme)
+
+        def gradient(grad_y: Tensor, grad_last: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            pull = torch.func.vjp(forward, *tensors)[1]
+            return pull((grad_y, grad_last))
+
+        pull = torch.func.vjp(gradient, grad_y, grad_last, *(inputs[i] for i in present))[1]
+        g_y, g_last, *g_inputs = pull(tuple(grads[i] for i in present))
+        result: list[Tensor | None] = [None] * (15 + len(ctx.choices))
+        result[1], result[2] = g_y, g_last
+        for i, g in zip(present, g_inputs, strict=True):
+            result[3 + i] = g
+        return tuple(result)
+
+
+_ARGUMENTS = (
+    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "Tensor? h0, Tensor? decay_dt, Tensor? timesteps, Tensor? reset, "
+    "bool softplus, bool state_only, str scheme"
+)
+
+
+def _shapes(u: Tensor, dt: Tensor, A: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    real = torch.promote_types(u.dtype, A.real.dtype if A.is_complex() else A.dtype)
+    kind = torch.promote_types(reference.state_dtype(real), A.dtype)
+    return (*u.shape[:-2], *A.shape[-2:]), kind
+
+
+def _fake(u: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape, kind = _shapes(u, dt, A)
+    chunks = -(-u.shape[-2] // blocked_selective.CHUNK)
+    kept = (*u.shape[:-2], chunks, *A.shape[-2:])
+    return u.new_empty(u.shape), u.new_empty(shape, dtype=kind), u.new_empty(kept, dtype=kind)
+
+
+def _fake_backward(kept: Tensor, gy: Tensor, glast: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    tensors = rest[:11]
+    empty = gy.new_empty(0)
+    like = [empty if t is None else t.new_empty(t.shape) for t in tensors]
+    like[8] = glast.new_empty(glast.shape)
+    return tuple(like)
+
+
+def _default_backward(kept: Tensor, gy: Tensor, glast: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    gradients = blocked_selective.selective_scan_backward(kept, gy, glast, *rest)
+    return tuple(gy.new_empty(0) if g is None else g for g in gradients)
+
+
+_leaf = library.define(
+    f"selective_scan({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    default=blocked_selective.selective_scan,
+    fake=_fake,
+)
+_leaf_backward = library.define(
+    f"selective_scan_backward(Tensor checkpoints, Tensor grad_y, Tensor grad_last, {_ARGUMENTS}) "
+    f"-> ({', '.join(['Tensor'] * 11)})",
+    default=_default_backward,
+    fake=_fake_backward,
+)
+for _function in (_Selective.forward, _SelectiveBackward.forward):
+    setattr(_function, "__signature__", inspect.signature(_function))  # noqa: B010
+allow_in_graph(_selective_scan)
