@@ -110,7 +110,53 @@ def scan_case(
     return Case(name, function, inputs, primary)
 
 
+def dense_convolution(u: Tensor, K: Tensor, mimo: bool) -> Tensor:
+    """Sum the definition y_t = sum_s K_s u_{t-s} term by term."""
+    length, taps = u.shape[-2], K.shape[-2 - mimo]
+    steps = []
+    for t in range(length):
+        terms = []
+        for s in range(min(taps, t + 1)):
+            K_s, u_s = K.select(-2 - mimo, s), u.select(-2, t - s)
+            terms.append((K_s * u_s.unsqueeze(-2)).sum(-1) if mimo else K_s * u_s)
+        steps.append(sum(terms))
+    return torch.stack(steps, -2)
+
+
+def convolution_case(
+    name: str,
+    u: tuple[int, ...] = (L, S),
+    K: tuple[int, ...] = (L, S),
+    *,
+    complex_: str = "",
+    mimo: bool = False,
+    primary: bool = False,
+) -> Case:
+    def inputs() -> tuple[Tensor, ...]:
+        return (
+            draw(*u, seed=1, complex_="u" in complex_),
+            draw(*K, seed=2, complex_="K" in complex_),
+        )
+
+    def function(u: Tensor, K: Tensor, *, backend: str = "auto") -> Tensor:
+        if backend == "reference":
+            return dense_convolution(u, K, mimo)
+        return ops.causal_convolution(u, K, mimo=mimo)
+
+    return Case(name, function, inputs, primary)
+
+
 CASES: dict[str, list[Case]] = {
+    "causal_convolution": [
+        convolution_case("real", primary=True),
+        convolution_case("complex", complex_="uK"),
+        convolution_case("real u, complex K", complex_="K"),
+        convolution_case("short kernel", K=(2, S)),
+        convolution_case("long kernel", K=(L + 3, S)),
+        convolution_case("mimo", K=(L, 3, S), mimo=True),
+        convolution_case("mimo broadcast", u=(2, 1, L, S), K=(3, L, 2, S), mimo=True),
+        convolution_case("one step", u=(1, S), K=(1, S)),
+    ],
     "linear_scan": [
         scan_case("real", primary=True),
         scan_case("complex", complex_="abh", primary=True),

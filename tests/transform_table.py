@@ -23,7 +23,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 Point = tuple[Tensor, ...]
 Transform = Callable[[Function, Point], Any]
 
-SAMPLES = (1.0, -0.7, 0.4)
+SAMPLES = (1.0, 0.9, 1.1)
 
 
 def weigh(outputs: Any) -> Tensor:
@@ -203,8 +203,8 @@ COMPILED_OR_RAISES = (
     "checkpoint",
 )
 
-# The shorter form, for every variant of every model.
-ESSENTIAL = ("backward", "grad", "vmap", "vmap(grad)", "jvp", "jacfwd(jacfwd)")
+# The shorter form, for every variant of every model (second derivatives have a test of their own).
+ESSENTIAL = ("backward", "grad", "vmap", "vmap(grad)", "jvp")
 
 
 def compiled(transform: Transform, backend: str) -> Transform:

@@ -205,9 +205,9 @@ def selective_scan_backward(
 def _adjoint(p: _Problem, k: _Chunk, gy: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Return lam (P, R, T, E, N), and conj(a) lam of the first step, for the chunk before."""
     C = k.spread(k.C).to(p.state)
-    lam = gy.unsqueeze(-1) * (2 * C.conj() if C.is_complex() else C)
+    lam = gy.unsqueeze(-1) * (2 * C.conj_physical() if C.is_complex() else C)
     lam = lam.to(p.state)
-    a = k.a.conj().resolve_conj() if p.state.is_complex else k.a
+    a = k.a.conj_physical() if p.state.is_complex else k.a
     for t in reversed(range(lam.shape[2])):
         row = lam[:, :, t]
         row += s
@@ -229,15 +229,15 @@ def _gradients(
 ) -> None:
     scheme, u = p.scheme, k.u.unsqueeze(-1)
     slope = scheme.decay_slope(k.x, k.a)
-    w = lam * (previous * slope).conj()
-    g_dd = _real((w * p.A.conj()).sum(-1))
+    w = lam * (previous * slope).conj_physical()
+    g_dd = _real((w * p.A.conj_physical()).sum(-1))
     g_A = (w * k.dd).sum(2)
-    lam_B = lam * k.spread(k.B).conj()
+    lam_B = lam * k.spread(k.B).conj_physical()
     if scheme.gain_dt is not None and scheme.gain_slope is not None and k.y is not None:
         q = lam_B * u
-        g_di = _real((q * scheme.gain_dt(k.y).conj()).sum(-1))
-        g_A = g_A + (q * (k.di**2 * scheme.gain_slope(k.y)).conj()).sum(2)
-        g_u = _real((lam_B * k.gamma.conj()).sum(-1))
+        g_di = _real((q * scheme.gain_dt(k.y).conj_physical()).sum(-1))
+        g_A = g_A + (q * (k.di**2 * scheme.gain_slope(k.y)).conj_physical()).sum(2)
+        g_u = _real((lam_B * k.gamma.conj_physical()).sum(-1))
     else:
         total = _real(lam_B.sum(-1))
         g_di = total * k.u if scheme.scaled else torch.zeros_like(k.u)
@@ -247,8 +247,8 @@ def _gradients(
         g_u = g_u + p.D * gy
     out.put("u", c, g_u)
     out.add("A", g_A.unsqueeze(2))
-    out.put("B", c, _per_group(lam * k.gamma.conj() * u, k.B))
-    g_C = gy.unsqueeze(-1) * (2 * hs.conj() if hs.is_complex() else hs)
+    out.put("B", c, _per_group(lam * k.gamma.conj_physical() * u, k.B))
+    g_C = gy.unsqueeze(-1) * (2 * hs.conj_physical() if hs.is_complex() else hs)
     out.put("C", c, _per_group(g_C, k.C))
     g_delta = g_di
     if k.tau is not None:

@@ -11,6 +11,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -51,6 +52,17 @@ def transform_active() -> bool:
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
     return torch.compiler.is_compiling() or bool(retrieve_all_functorch_interpreters())
+
+
+def autocasting(device: torch.device) -> bool:
+    """Return whether autocast is on for this kind of device."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off: state-space arithmetic stays at least float32."""
+    return torch.autocast(device.type, enabled=False) if autocasting(device) else nullcontext()
 
 
 def allow_in_graph(function: F) -> F:

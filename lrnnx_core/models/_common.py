@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from lrnnx_core.backends.transforms import full_precision
 from lrnnx_core.types import Discrete, Params
 
 
@@ -112,14 +112,19 @@ def pair(params: Params, key: str, dtype: torch.dtype) -> Tensor:
     return torch.complex(params[key + "_re"].to(dtype), params[key + "_im"].to(dtype))
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Switch autocast off: state-space arithmetic stays at least float32."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return nullcontext()
-
-
 def zero_state(like: Tensor, batch_shape: Iterable[int], shape: Iterable[int]) -> Tensor:
     """Return zeros (*batch_shape, *shape) with the dtype and device of ``like``."""
     return like.new_zeros((*batch_shape, *shape))
+
+
+__all__ = [
+    "check_choice",
+    "check_input",
+    "check_keys",
+    "check_sizes",
+    "check_state",
+    "compute_dtype",
+    "full_precision",
+    "pair",
+    "zero_state",
+]

@@ -21,6 +21,7 @@ from lrnnx_core.backends.transforms import (
     differentiation_depth,
     dual_level_active,
     forward_mode_depth,
+    full_precision,
 )
 from lrnnx_core.discretize import FUSED, resolve
 from lrnnx_core.ops.linear_scan import linear_scan
@@ -74,7 +75,7 @@ def selective_scan(
         dt: (..., L, E), the step before bias and softplus.
         A: (E, N), the diagonal of each channel's state matrix, real or complex.
         B: (..., L, N); (..., L, G, N) where channel d belongs to group d // (E/G); or (E, N)
-            constant in time (with a u without batch axes (1, E, N): (E, N) would be read as (L, N)).
+            constant in time (with a u without batch axes (1, E, N), as (E, N) reads as (L, N)).
         C: the same forms as B, not necessarily the same one.
         D: (E,), the direct path.
         z: (..., L, E), the gate.
@@ -110,11 +111,12 @@ def selective_scan(
     )
     name = "zoh" if discretization == "async" else discretization
     state_only = timestep_mode == "state_only"
-    if backend == "reference":
-        return reference.selective_scan(*arguments, softplus, state_only, scheme)
-    if not isinstance(name, str) or name not in FUSED:
-        return _composite(arguments, softplus, state_only, scheme)
-    return _selective_scan(*arguments, softplus, state_only, name)
+    with full_precision(u.device):
+        if backend == "reference":
+            return reference.selective_scan(*arguments, softplus, state_only, scheme)
+        if not isinstance(name, str) or name not in FUSED:
+            return _composite(arguments, softplus, state_only, scheme)
+        return _selective_scan(*arguments, softplus, state_only, name)
 
 
 def _prepare(x: Arguments) -> Arguments:

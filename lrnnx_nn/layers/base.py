@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,10 @@ _PER_CALL = frozenset(
     {"integration_timesteps", "lengths", "mask", "reset", "kernel", "discrete", "mode", "dt_scale"}
 )
 _PLACE = frozenset({"generator", "device", "dtype"})
+
+
+class Group(nn.Module):
+    """Holds parameters whose names share a prefix; the layer reads them, nobody calls it."""
 
 
 class Layer(nn.Module):
@@ -42,6 +46,10 @@ class Layer(nn.Module):
     """
 
     name: ClassVar[str]
+    projections: ClassVar[tuple[str, ...]] = ()
+    """Names of the ``nn.Linear`` children, which are called as modules."""
+    kept_wide: ClassVar[frozenset[str] | None] = None
+    """Parameters that stay at least float32 when the layer is cast down; None for all."""
 
     def __init__(
         self,
@@ -75,11 +83,24 @@ class Layer(nn.Module):
         self._init_options = {k: v for k, v in options.items() if k in initial}
         self._options = {k: v for k, v in options.items() if k in running or k in initial}
         self._cache: dict[str, tuple[Any, Any]] = {}
-        fresh = self._draw(generator, device, dtype)
-        self._keys = tuple(fresh)
-        for key, value in fresh.items():
-            self.register_parameter(key, nn.Parameter(value))
+        self._keys: tuple[str, ...] = ()
+        self._register(self._draw(generator, device, dtype))
         self._try_options()
+
+    def _register(self, fresh: Params) -> None:
+        """Register the tensors of `init` under their names, ``child.weight`` in a child."""
+        for key, value in fresh.items():
+            owner: nn.Module = self
+            *path, leaf = key.split(".")
+            for part in path:
+                if not hasattr(owner, part):
+                    owner.add_module(
+                        part, Group() if part not in self.projections else _linear(fresh, part)
+                    )
+                owner = getattr(owner, part)
+            if leaf not in owner._parameters or owner._parameters[leaf] is None:
+                owner.register_parameter(leaf, nn.Parameter(value))
+        self._keys = tuple(fresh)
 
     @property
     def model(self) -> registry.Model:
@@ -89,14 +110,17 @@ class Layer(nn.Module):
     @property
     def params(self) -> Params:
         """The parameters as the dict the core functions take."""
-        return {key: getattr(self, key) for key in self._keys}
+        return self._collect(self._keys)
+
+    def _collect(self, keys: Iterable[str]) -> Params:
+        return {key: _reach(self, key) for key in keys}
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the parameters again, in place. Safe on the meta device and after ``to_empty``."""
-        first = getattr(self, self._keys[0])
+        first = _reach(self, self._keys[0])
         with torch.no_grad():
             for key, value in self._draw(generator, first.device, first.dtype).items():
-                getattr(self, key).copy_(value)
+                _reach(self, key).copy_(value)
 
     def init_state(self, batch_shape: Sequence[int] = ()) -> Tensor:
         """Return the zero state for sequences with these leading dimensions."""
@@ -272,16 +296,36 @@ class Layer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:
         # State-space parameters never go below float32: decays near one do not survive it.
+        wide = {id(_reach(self, k)) for k in self._wide_keys()}
+
         def guarded(t: Tensor) -> Tensor:
             out = fn(t)
             narrowed = out.is_floating_point() and out.dtype.itemsize < 4
-            return t.to(out.device) if narrowed else out
+            return t.to(out.device) if narrowed and id(t) in wide else out
 
         self._cache.clear()
-        if recurse:
-            for child in self.children():
-                child._apply(fn)
-        return super()._apply(guarded, recurse=False)
+        return super()._apply(guarded, recurse)
+
+    def _wide_keys(self) -> tuple[str, ...]:
+        kept = self.kept_wide
+        return self._keys if kept is None else tuple(k for k in self._keys if k in kept)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": {}}
+
+
+def _reach(module: nn.Module, key: str) -> Tensor:
+    for part in key.split("."):
+        module = getattr(module, part)
+    return cast(Tensor, module)
+
+
+def _linear(params: Params, name: str) -> nn.Linear:
+    """Return an ``nn.Linear`` that owns these tensors."""
+    weight, bias = params[name + ".weight"], params.get(name + ".bias")
+    out_features, in_features = weight.shape
+    layer = nn.Linear(in_features, out_features, bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    return layer

@@ -13,3 +13,4 @@ class LRU(Layer):
     """
 
     name = "lru"
+    ssm_parameters = frozenset({"nu_log", "theta_log", "gamma_log", "B_re", "B_im"})

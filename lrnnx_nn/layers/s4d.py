@@ -14,3 +14,4 @@ class S4D(Layer):
     """
 
     name = "s4d"
+    ssm_parameters = frozenset({"log_dt", "A_log", "A_im", "B_re", "B_im"})

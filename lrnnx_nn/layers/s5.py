@@ -14,3 +14,4 @@ class S5(Layer):
     """
 
     name = "s5"
+    ssm_parameters = frozenset({"Lambda_re", "Lambda_im", "log_dt", "B_re", "B_im"})

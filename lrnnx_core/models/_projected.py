@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""What models with projections and a short convolution share: Mamba, STREAM, RG-LRU, S7.
+
+Such a model is ``out_proj(inner(in_proj(u)))``. The core does all three; a Module calls its own
+projections, so that what wraps them (LoRA, quantisation) applies, and the same ``inner``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrnnx_core import initialize
+from lrnnx_core.backends.transforms import autocasting
+from lrnnx_core.sequences import Compaction, Layout
+from lrnnx_core.types import Number, Params
+
+Body = Callable[[Tensor, Layout], tuple[Tensor, Any]]
+
+
+def linear(params: Params, name: str, x: Tensor) -> Tensor:
+    """Apply the projection stored as name.weight and, if there, name.bias, in the wider dtype."""
+    weight, bias = params[name + ".weight"], params.get(name + ".bias")
+    if autocasting(x.device):
+        return torch.nn.functional.linear(x, weight, bias)
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), bias)
+
+
+def around_padding(u: Tensor, layout: Layout, body: Body) -> tuple[Tensor, Any]:
+    """Run ``body(u, layout)`` on sequences whose padding, if any, is on the right and zero.
+
+    Holes of a mask are closed before and opened after, so padding touches neither the recurrence
+    nor the convolution's tail; outputs at padding are zero.
+    """
+    length = u.shape[-2]
+    if layout.mask is not None:
+        valid = layout.valid(length)
+        closing = Compaction.of((layout.mask if valid is None else valid).expand(u.shape[:-1]))
+
+        def close(t: Tensor | None) -> Tensor | None:
+            return None if t is None else closing.close(t.expand(u.shape[:-1]))
+
+        closed = Layout(closing.lengths, None, close(layout.reset), close(layout.timesteps))
+        y, state = body(_zero_padding(closing.close(u), closed), closed)
+        return closing.open(y), state
+    y, state = body(_zero_padding(u, layout), layout)
+    return _zero_padding(y, layout), state
+
+
+def _zero_padding(u: Tensor, layout: Layout) -> Tensor:
+    valid = layout.valid(u.shape[-2])
+    return u if valid is None else torch.where(valid.unsqueeze(-1), u, torch.zeros_like(u))
+
+
+def linear_init(draw: initialize.Drawer, out_features: int, in_features: int) -> Tensor:
+    """Draw a weight as `torch.nn.Linear` does: U(-1/sqrt(in), 1/sqrt(in))."""
+    return (2 * draw.uniform(out_features, in_features) - 1) / math.sqrt(in_features)
+
+
+def softplus_inverse(steps: Tensor) -> Tensor:
+    """Return x with softplus(x) = steps."""
+    return steps + torch.log(-torch.expm1(-steps))
+
+
+def dt_bias(
+    draw: initialize.Drawer, width: int, dt_min: Number, dt_max: Number, dt_floor: Number
+) -> Tensor:
+    """Draw the bias under a softplus that makes steps log-uniform in [dt_min, dt_max]."""
+    steps = torch.exp(initialize.log_dt(draw.uniform(width), dt_min, dt_max))
+    return softplus_inverse(torch.maximum(steps, initialize.as_tensor(dt_floor, steps)))
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Normalise by the root mean square in float32, then cast back and scale."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    out = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return out if weight is None else weight.to(x.dtype) * out
+
+
+def check_parts(where: str, state: Any, kind: type, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise unless the state is a ``kind`` whose parts have these shapes."""
+    if not isinstance(state, kind):
+        raise ValueError(f"{where}: state is a {type(state).__name__}, expected {kind.__name__}")
+    for name, shape in shapes.items():
+        got = tuple(getattr(state, name).shape)
+        if got != shape:
+            raise ValueError(f"{where}: state.{name} {got}, expected {shape} for this input")

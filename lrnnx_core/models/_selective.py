@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: MIT
+"""The inner part of a Mamba block, between its two projections; STREAM shares it.
+
+(x, z) = split(in_proj(u));  v = silu(conv(x));  (r, B, C) = split(x_proj(v))
+y = selective_scan(v, dt_proj(r), -exp(A_log), B, C, D, z)
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrnnx_core.models._common import check_choice
+from lrnnx_core.models._projected import check_parts, linear, rms_norm
+from lrnnx_core.ops.causal_conv1d import causal_conv1d
+from lrnnx_core.ops.selective_scan import selective_scan
+from lrnnx_core.sequences import Layout
+from lrnnx_core.types import Discretization, Number, Params, TimestepMode
+
+DISCRETIZATIONS = ("mamba", "zoh", "bilinear", "gbt", "euler", "dirac", "async")
+MODES = ("auto", "scan", "recurrent")
+InnerNorm = Literal["none", "rms", "learned"]
+
+
+class State(NamedTuple):
+    """What a Mamba block remembers.
+
+    conv (..., K - 1, E): the last inputs of the convolution, oldest first, in the activations'
+    dtype. h (..., E, N): the recurrence, at least float32.
+    """
+
+    conv: Tensor
+    h: Tensor
+
+
+class Options(NamedTuple):
+    """The choices and numbers that `inner` and its callers share."""
+
+    discretization: Discretization
+    timestep_mode: TimestepMode
+    alpha: Number | None
+    dt_scale: Number
+    inner_norm: InnerNorm
+    recurrent: bool = False
+
+
+def inner(
+    where: str, params: Params, xz: Tensor, state: State | None, layout: Layout, options: Options
+) -> tuple[Tensor, State]:
+    """Run the block on in_proj's output xz (..., L, 2 E), padding on the right and zero.
+
+    Returns:
+        What out_proj takes, (..., L, E), and the new state.
+    """
+    x, z = xz.chunk(2, dim=-1)
+    A = -torch.exp(_wide(params["A_log"]))
+    batch, length = x.shape[:-2], x.shape[-2]
+    taps, width = params["conv1d.weight"].shape[-1], x.shape[-1]
+    if state is not None:
+        shapes = {"conv": (*batch, taps - 1, width), "h": (*batch, *A.shape)}
+        check_parts(where, state, State, shapes)
+    v, tail = causal_conv1d(
+        x, params["conv1d.weight"], params.get("conv1d.bias"),
+        None if state is None else state.conv,
+        activation="silu", reset=layout.reset, lengths=layout.lengths,
+    )  # fmt: skip
+    dt, B, C = steps_and_matrices(params, v, options.inner_norm)
+    bias, softplus = _wide(params["dt_proj.bias"]), True
+    if isinstance(options.dt_scale, Tensor) or options.dt_scale != 1.0:
+        dt = torch.nn.functional.softplus(_wide(dt) + bias) * options.dt_scale
+        bias, softplus = None, False
+    decay_dt = None
+    if "dtA_bias" in params:
+        decay_dt = torch.nn.functional.softplus(_wide(params["dtA_bias"])) * options.dt_scale
+    timesteps = layout.timesteps
+    valid = layout.valid(length)
+    if valid is not None:
+        # A step of zero with no input leaves the state alone: the last state is that at the length.
+        ones = torch.ones((), dtype=A.dtype, device=x.device)
+        timesteps = torch.where(valid, ones if timesteps is None else timesteps, 0 * ones)
+        v = torch.where(valid.unsqueeze(-1), v, torch.zeros_like(v))
+    y, h = selective_scan(
+        v, dt, A, B, C, _wide(params["D"]), z, bias, None if state is None else state.h,
+        decay_dt=decay_dt, softplus=softplus, discretization=options.discretization,
+        alpha=options.alpha, integration_timesteps=timesteps,
+        timestep_mode=options.timestep_mode, reset=layout.resets(length),
+        backend="reference" if options.recurrent else "auto",
+    )  # fmt: skip
+    return y, State(tail, h)
+
+
+def steps_and_matrices(
+    params: Params, v: Tensor, inner_norm: InnerNorm
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dt before its bias (..., L, E), B and C (..., L, N) for the scan's input v."""
+    check_choice("mamba", "inner_norm", inner_norm, ("none", "rms", "learned"))
+    rank, states = params["dt_proj.weight"].shape[1], params["A_log"].shape[1]
+    parts = linear(params, "x_proj", v).split([rank, states, states], dim=-1)
+    if inner_norm != "none":
+        names = ("dt_layernorm.weight", "b_layernorm.weight", "c_layernorm.weight")
+        weights = [params[n] if inner_norm == "learned" else None for n in names]
+        parts = [rms_norm(p, w, 1e-6) for p, w in zip(parts, weights, strict=True)]
+    r, B, C = parts
+    # The bias is added in the scan, in float32.
+    return linear({"dt_proj.weight": params["dt_proj.weight"]}, "dt_proj", r), B, C
+
+
+def state_shapes(params: Params) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the shapes (K - 1, E) and (E, N) of a state without batch axes."""
+    width, _, taps = params["conv1d.weight"].shape
+    states = params["A_log"].shape[1]
+    return (taps - 1, width), (width, states)
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""Mamba and STREAM as Modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lrnnx_core.models import _selective
+from lrnnx_core.models.mamba import options_of
+from lrnnx_core.sequences import Layout
+from lrnnx_nn.layers.projected import ProjectedLayer
+
+
+class Mamba(ProjectedLayer):
+    """Mamba / S6 (Gu & Dao 2023): a gated block around a selective scan.
+
+    ``Mamba(d_model, d_state=16, discretization=None, **options)``; d_state is the number of states
+    a channel. Options are those of `lrnnx_core.mamba.init` and `lrnnx_core.mamba.scan`: ``d_conv``,
+    ``expand``, ``dt_rank``, ``dt_init``, ``dt_min``, ``dt_max``, ``conv_bias``, ``bias``,
+    ``inner_norm``, ``timestep_mode``, ``alpha`` and more.
+    """
+
+    name = "mamba"
+    projections = ("in_proj", "out_proj")
+    kept_wide = frozenset({"A_log", "D", "dt_proj.bias", "dtA_bias"})
+
+    def _inner(
+        self, u: Tensor, state: Any, seq: Layout, mode: str, options: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        default_mode = self.model.timestep_modes[0]
+        bundled = options_of(
+            self.name,
+            options.get("discretization"),
+            options.get("timestep_mode", default_mode),
+            options.get("alpha"),
+            options["dt_scale"],
+            options.get("inner_norm", "none"),
+            mode,  # pyright: ignore[reportArgumentType]
+        )
+        xz = self._project("in_proj", u)
+        y, new = _selective.inner(self.name, self._inner_params(), xz, state, seq, bundled)
+        return self._project("out_proj", y), new
+
+
+class STREAM(Mamba):
+    """STREAM: event-driven Mamba, whose memory fades with elapsed time.
+
+    ``STREAM(d_model, d_state=16, discretization=None, **options)``; options as `Mamba`, except that
+    ``timestep_mode`` is always ``state_only``. Give ``integration_timesteps``; without them every
+    gap is 1.
+    """
+
+    name = "stream"

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""The shell of layers with projections: the projections are called as modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrnnx_core.backends.transforms import autocasting
+from lrnnx_core.models._projected import around_padding
+from lrnnx_core.sequences import Layout, layout
+from lrnnx_core.types import Params
+from lrnnx_nn.layers.base import Layer
+
+
+class ProjectedLayer(Layer):
+    """A layer ``out(inner(in(u)))`` whose in and out are ``nn.Linear`` children.
+
+    Calling them, rather than reading their weights, lets LoRA, quantisation and hooks apply.
+    """
+
+    def _inner_params(self) -> Params:
+        """Return the parameters without those of the projections."""
+        own = (k for k in self._keys if k.split(".")[0] not in self.projections)
+        return self._collect(own)
+
+    def _project(self, name: str, x: Tensor) -> Tensor:
+        """Call a projection; outside autocast its input takes the dtype of its weight."""
+        module = self.get_submodule(name)
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and not autocasting(x.device):
+            x = x.to(weight.dtype) if weight.is_floating_point() else x
+        return module(x)
+
+    def _inner(
+        self, u: Tensor, state: Any, seq: Layout, mode: str, options: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        """Return y and the new state for u with padding, if any, on the right and zero."""
+        raise NotImplementedError
+
+    def _scan(self, u: Tensor, state: Any, **sequence: Any) -> tuple[Tensor, Any]:
+        self._check_values(u, sequence["integration_timesteps"], sequence["lengths"])
+        self._check_width(u)
+        options = self._known("scan") | {"dt_scale": sequence.pop("dt_scale")}
+        seq = layout(type(self).__name__, u, **sequence)
+
+        def body(x: Tensor, seq: Layout) -> tuple[Tensor, Any]:
+            return self._inner(x, state, seq, self.mode, options)
+
+        y, new = around_padding(u, seq, body)
+        return y.to(u.dtype), new
+
+    def step(
+        self,
+        u_t: Tensor,
+        state: Any,
+        *,
+        integration_timestep: Tensor | None = None,
+        dt_scale: float | Tensor = 1.0,
+    ) -> tuple[Tensor, Any]:
+        """Take one step: u_t (..., H), state from `init_state`, `prefill` or `step`."""
+        gaps = None if integration_timestep is None else integration_timestep.unsqueeze(-1)
+        y, new = self._scan(
+            u_t.unsqueeze(-2), state, integration_timesteps=gaps, lengths=None, mask=None,
+            reset=None, dt_scale=dt_scale,
+        )  # fmt: skip
+        return y.squeeze(-2), new
+
+    def _check_width(self, u: Tensor) -> None:
+        if u.ndim < 2 or u.shape[-1] != self.d_model or not torch.is_floating_point(u):
+            raise ValueError(
+                f"{type(self).__name__}: u {tuple(u.shape)} {u.dtype}, expected real (..., L, H) "
+                f"with H = {self.d_model}"
+            )
