@@ -146,7 +146,114 @@ def convolution_case(
     return Case(name, function, inputs, primary)
 
 
+def selective_case(
+    name: str,
+    *optional: str,
+    complex_: bool = False,
+    groups: int | None = None,
+    constant: str = "",
+    primary: bool = False,
+    **choices: Any,
+) -> Case:
+    """Return a case of `selective_scan`, E = 2 channels of 2 states; ``optional`` names tensors."""
+    matrix = {"B": (L, S), "C": (L, S)} if groups is None else dict.fromkeys("BC", (L, groups, S))
+    matrix |= dict.fromkeys(constant, (1, S, S))
+    shapes = {"u": (L, S), "dt": (L, S), "A": (S, S), **matrix}
+    extra = {
+        "D": (S,), "z": (L, S), "dt_bias": (S,), "h0": (S, S), "decay_dt": (L, S),
+        "integration_timesteps": (L,), "reset": (L,),
+    }  # fmt: skip
+    shapes |= {n: extra[n] for n in optional}
+    positive = ("decay_dt", "integration_timesteps")
+
+    def inputs() -> tuple[Tensor, ...]:
+        tensors = []
+        for seed, (n, shape) in enumerate(shapes.items()):
+            x = draw(
+                *shape, seed=seed, complex_=(complex_ and n in "ABC") or (complex_ and n == "h0")
+            )
+            if n == "A":
+                x = torch.complex(-x.real.abs() - 0.3, x.imag) if complex_ else -x.abs() - 0.3
+            elif n in positive:
+                x = x.abs() + 0.1
+            elif n == "reset":
+                x = torch.tensor([False, False, True, False, True][:L])
+            tensors.append(x)
+        return tuple(tensors)
+
+    def function(*tensors: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        named = dict(zip(shapes, tensors, strict=True))
+        return ops.selective_scan(**named, **choices, backend=backend)
+
+    return Case(name, function, inputs, primary)
+
+
+def conv1d_case(name: str, *optional: str, taps: int = 3, activation: str = "silu") -> Case:
+    shapes = {"x": (L, S), "weight": (S, 1, taps)}
+    shapes |= {n: {"bias": (S,), "tail": (taps - 1, S), "reset": (L,)}[n] for n in optional}
+
+    def inputs() -> tuple[Tensor, ...]:
+        tensors = {n: draw(*shape, seed=i) for i, (n, shape) in enumerate(shapes.items())}
+        if "reset" in tensors:
+            tensors["reset"] = torch.tensor([False, False, True, False, True][:L])
+        return tuple(tensors.values())
+
+    def function(*tensors: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        named = dict(zip(shapes, tensors, strict=True))
+        if backend == "reference":
+            return loop_conv1d(**named, activation=activation)
+        return ops.causal_conv1d(**named, activation=activation)
+
+    return Case(name, function, inputs, primary=name == "plain")
+
+
+def loop_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    tail: Tensor | None = None,
+    reset: Tensor | None = None,
+    activation: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """Slide a window of the last K inputs over the sequence, emptied at every reset."""
+    taps = weight.shape[-1]
+    window = list(
+        (torch.zeros_like(x[:1]).expand(taps - 1, -1) if tail is None else tail).unbind(0)
+    )
+    outputs = []
+    for t in range(x.shape[0]):
+        if reset is not None:
+            window = [torch.where(reset[t], torch.zeros_like(v), v) for v in window]
+        window.append(x[t])
+        y = sum(weight[:, 0, k] * v for k, v in enumerate(window))
+        y = y if bias is None else y + bias
+        outputs.append(y * torch.sigmoid(y) if activation == "silu" else y)
+        window = window[1:]
+    return torch.stack(outputs), torch.stack(window)
+
+
 CASES: dict[str, list[Case]] = {
+    "causal_conv1d": [
+        conv1d_case("plain", "bias", "tail"),
+        conv1d_case("reset", "bias", "tail", "reset", taps=4),
+        conv1d_case("bare", activation="none", taps=2),
+    ],
+    "selective_scan": [
+        selective_case("mamba", "D", "z", "dt_bias", "h0", softplus=True, primary=True),
+        selective_case("complex zoh", "h0", "reset", complex_=True, discretization="zoh"),
+        selective_case(
+            "bilinear groups irregular",
+            "integration_timesteps",
+            "D",
+            groups=2,
+            constant="C",
+            discretization="bilinear",
+            timestep_mode="state_only",
+        ),
+        selective_case("own decay", "decay_dt", "integration_timesteps", "z"),
+        selective_case("dirac", "reset", "D", discretization="dirac", softplus=True),
+        selective_case("composite gbt", "D", discretization="gbt", alpha=0.7, softplus=True),
+    ],
     "causal_convolution": [
         convolution_case("real", primary=True),
         convolution_case("complex", complex_="uK"),

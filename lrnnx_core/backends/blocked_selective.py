@@ -150,7 +150,7 @@ class _Chunk:
 
 
 def selective_scan(u: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    """Leaf: y (*batch, L, E), h_last (*batch, E, N), and the state before every chunk."""
+    """Leaf: y (*batch, L, E), h_last (*batch, E, N), and the state before every chunk, flat."""
     p = _Problem(u, *rest)  # pyright: ignore[reportArgumentType]
     y = torch.empty((p.P, p.R, p.L, p.E), dtype=u.dtype, device=u.device)
     spans = p.chunks()
@@ -167,7 +167,7 @@ def selective_scan(u: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     return (
         y.reshape(u.shape),
         h.reshape(*batch, p.E, p.N).clone(),
-        kept.reshape(*batch, *kept.shape[2:]),
+        kept.reshape(*batch, len(spans) * p.E * p.N),
     )
 
 
@@ -180,7 +180,7 @@ def selective_scan_backward(
     through A_bar = decay(dd A) and gamma = di gain(di A) gives the steps and A; see `Fused`.
     """
     p = _Problem(u, *rest)  # pyright: ignore[reportArgumentType]
-    kept = checkpoints.reshape(p.P, p.R, -1, p.E, p.N)
+    kept = checkpoints.reshape(p.P, p.R, -(-p.L // CHUNK), p.E, p.N)
     gy_all = p.rows(grad_y, 2)
     s = grad_last.to(p.state).reshape(p.h0.shape)
     out = _Accumulator(p)

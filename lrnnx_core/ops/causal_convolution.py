@@ -46,10 +46,11 @@ def causal_convolution(u: Tensor, K: Tensor, *, mimo: bool = False) -> Tensor:
 def fast_length(n: int) -> int:
     """Return the smallest 2^a 3^b 5^c >= n, a length FFTs are fast at.
 
-    While torch.compile traces it is the next multiple of 128: a search would compile the length in.
+    While torch.compile or export traces it is n + 1, twice the length where kernel and signal are
+    equally long: a search, and even rounding, would compile the length in.
     """
     if torch.compiler.is_compiling():
-        return -(-n // 128) * 128
+        return n + 1
     best = 1 << max(n - 1, 0).bit_length()
     five = 1
     while five < best:

@@ -342,14 +342,13 @@ def _shapes(u: Tensor, dt: Tensor, A: Tensor) -> tuple[tuple[int, ...], torch.dt
 def _fake(u: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     shape, kind = _shapes(u, dt, A)
     chunks = -(-u.shape[-2] // blocked_selective.CHUNK)
-    kept = (*u.shape[:-2], chunks, *A.shape[-2:])
+    kept = (*u.shape[:-2], chunks * A.shape[-2] * A.shape[-1])
     return u.new_empty(u.shape), u.new_empty(shape, dtype=kind), u.new_empty(kept, dtype=kind)
 
 
 def _fake_backward(kept: Tensor, gy: Tensor, glast: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     tensors = rest[:11]
-    empty = gy.new_empty(0)
-    like = [empty if t is None else t.new_empty(t.shape) for t in tensors]
+    like = [gy.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
     like[8] = glast.new_empty(glast.shape)
     return tuple(like)
 
