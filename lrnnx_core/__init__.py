@@ -6,7 +6,7 @@
 """
 
 from lrnnx_core import checks, discretize, initialize, ops, registry, sequences
-from lrnnx_core.models import lru, s4d, s5
+from lrnnx_core.models import lru, mamba, rglru, s4d, s5, s7, stream
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -15,11 +15,15 @@ __all__ = [
     "discretize",
     "initialize",
     "lru",
+    "mamba",
     "ops",
     "registry",
+    "rglru",
     "s4d",
     "s5",
+    "s7",
     "sequences",
+    "stream",
 ]
 
 

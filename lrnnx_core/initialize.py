@@ -56,8 +56,8 @@ class Drawer:
         return z / (_TRUNCATED_STD * math.sqrt(fan_in))
 
     def tensor(self, values: Tensor) -> Tensor:
-        """Bring constant values to this device and dtype."""
-        return values.to(device=self.device, dtype=self.dtype)
+        """Copy constant values to this device and dtype; a copy, for `.real` is a view."""
+        return values.to(device=self.device, dtype=self.dtype, copy=True)
 
     def _source(self) -> torch.device | str | None:
         on_meta = torch.device(self.device or "cpu").type == "meta"
@@ -142,7 +142,7 @@ def normal_form(measure: Measure, n: int, *, conj_sym: bool = True) -> NormalFor
     Raises:
         ValueError: as `hippo`; an odd n with ``conj_sym`` (one eigenvalue of an odd LegS is real).
 
-    Source: Gu et al. 2022 (S4), arXiv:2111.00396, theorem 1; Gu et al. 2022 (S4D), section 4.1.
+    Source: Gu et al. 2022 (S4), arXiv:2111.00396, theorem 1; Gu et al. 2022 (S4D).
     """
     A, B, P = hippo(measure, n)
     if conj_sym and n % 2:
@@ -219,7 +219,7 @@ def lru_ring(
     lambda = exp(-exp(nu_log) + i exp(theta_log)) is uniform on the ring r_min <= |lambda| <= r_max,
     0 <= arg <= max_phase, and gamma = sqrt(1 - |lambda|^2).
 
-    Source: Orvieto et al. 2023 (LRU), arXiv:2303.06349, lemma 3.2 and eq. (7).
+    Source: Orvieto et al. 2023 (LRU), arXiv:2303.06349, lemma 3.2.
     """
     r_min, r_max, max_phase = (as_tensor(v, u1) for v in (r_min, r_max, max_phase))
     nu = -0.5 * torch.log(u1 * (r_max**2 - r_min**2) + r_min**2)

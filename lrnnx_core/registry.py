@@ -9,7 +9,7 @@ from functools import partial
 from types import MappingProxyType, ModuleType
 from typing import Any, Literal, NamedTuple
 
-from lrnnx_core.models import lru, s4d, s5
+from lrnnx_core.models import lru, mamba, rglru, s4d, s5, s7, stream
 
 NO_CHOICES: Mapping[str, Any] = MappingProxyType({})
 
@@ -18,13 +18,15 @@ class Variant(NamedTuple):
     """One configuration of a model that all generic tests run.
 
     ``init`` and ``call`` are choices for `init` and for every other function that knows them;
-    ``rtol`` the largest relative disagreement between modes, by dtype name.
+    ``rtol`` the largest relative disagreement between modes, by dtype name. ``without`` are options
+    that this configuration refuses.
     """
 
     name: str
     init: Mapping[str, Any] = NO_CHOICES
     call: Mapping[str, Any] = NO_CHOICES
     rtol: Mapping[str, float] = MappingProxyType({"float64": 1e-12, "float32": 1e-5})
+    without: frozenset[str] = frozenset()
 
 
 class Model(NamedTuple):
@@ -62,6 +64,12 @@ def _model(module: ModuleType, **facts: Any) -> Model:
     name = module.__name__.rsplit(".", 1)[-1]
     return Model(name=name, **{f: getattr(module, f, None) for f in functions}, **facts)
 
+
+_S7_FULL_ONLY = frozenset({"abar_min", "abar_max", "init_memory", "chunk_size"})
+_S7_DELTA_ONLY = frozenset(
+    {"integration_timesteps", "integration_timestep", "timestep_mode", "discretization", "alpha"}
+    | {"dt_scale", "dt_min", "dt_max", "dt_init_scale", "conj_sym", "clip_eigs"}
+)
 
 MODELS: dict[str, Model] = {
     m.name: m
@@ -147,6 +155,129 @@ MODELS: dict[str, Model] = {
                 Variant("default"),
                 Variant("ring", {"r_min": 0.9, "r_max": 0.999, "max_phase": 0.314}),
                 Variant("bidirectional", {"bidirectional": True}, {"bidirectional": True}),
+            ),
+        ),
+        _model(
+            mamba,
+            title="Mamba",
+            aliases=("S6",),
+            kind="ltv",
+            connectivity="siso",
+            discretizations=mamba.DISCRETIZATIONS,
+            modes=mamba.MODES,
+            timestep_modes=("both", "state_only"),
+            stability="always, under zoh, dirac, mamba, bilinear and gbt with alpha >= 1/2",
+            citation="""@inproceedings{gu2024mamba,
+  title     = {Mamba: Linear-Time Sequence Modeling with Selective State Spaces},
+  author    = {Gu, Albert and Dao, Tri},
+  booktitle = {Conference on Language Modeling},
+  year      = {2024},
+  note      = {arXiv:2312.00752}
+}""",
+            variants=(
+                Variant("default"),
+                Variant("zoh_biased", {"bias": True, "d_conv": 2}, {"discretization": "zoh"}),
+                Variant("bilinear", {"expand": 1, "dt_rank": 3}, {"discretization": "bilinear"}),
+                Variant("dirac", {"conv_bias": False}, {"discretization": "dirac"}),
+                Variant("gbt", {"dt_init": "constant"}, {"discretization": "gbt", "alpha": 0.7}),
+                Variant("rms_norms", {"inner_norm": "rms"}, {"inner_norm": "rms"}),
+                Variant("learned_norms", {"inner_norm": "learned"}, {"inner_norm": "learned"}),
+            ),
+        ),
+        _model(
+            stream,
+            title="STREAM",
+            kind="ltv",
+            connectivity="siso",
+            discretizations=stream.DISCRETIZATIONS,
+            modes=stream.MODES,
+            timestep_modes=("state_only",),
+            stability="always, under zoh, dirac, mamba, bilinear and gbt with alpha >= 1/2",
+            citation="""@article{schoene2024stream,
+  title   = {STREAM: A Universal State-Space Model for Sparse Geometric Data},
+  author  = {Sch{\\"o}ne, Mark and Bhisikar, Yash and Bania, Karan and Nazeer, Khaleelulla Khan and
+             Mayr, Christian and Subramoney, Anand and Kappel, David},
+  journal = {arXiv preprint arXiv:2411.12603},
+  year    = {2024}
+}""",
+            variants=(
+                Variant("default"),
+                Variant("zoh", {"d_conv": 3}, {"discretization": "zoh"}),
+            ),
+        ),
+        _model(
+            rglru,
+            title="RG-LRU",
+            aliases=("Griffin", "Hawk"),
+            kind="ltv",
+            connectivity="siso",
+            discretizations=rglru.DISCRETIZATIONS,
+            modes=rglru.MODES,
+            timestep_modes=rglru.TIMESTEP_MODES,
+            stability="always",
+            citation="""@article{de2024griffin,
+  title   = {Griffin: Mixing Gated Linear Recurrences with Local Attention for Efficient Language
+             Models},
+  author  = {De, Soham and Smith, Samuel L. and Fernando, Anushan and others},
+  journal = {arXiv preprint arXiv:2402.19427},
+  year    = {2024}
+}""",
+            variants=(
+                Variant("default"),
+                Variant("two_heads", {"heads": 2}),
+                Variant("paper_ring", {"init_power": 8.0, "heads": 1}, {"c": 6.0}),
+                Variant(
+                    "no_start_rule", {"bias": False, "conv_bias": False}, {"start_rule": False}
+                ),
+            ),
+        ),
+        _model(
+            s7,
+            title="S7",
+            kind="ltv",
+            connectivity="mimo",
+            discretizations=s7.DISCRETIZATIONS,
+            modes=s7.MODES,
+            timestep_modes=("both", "state_only"),
+            stability=(
+                "delta: with stable_reparam or clip_eigs, under zoh, dirac, mamba, bilinear and "
+                "gbt with alpha >= 1/2; full: always"
+            ),
+            citation="""@article{soydan2024s7,
+  title   = {S7: Selective and Simplified State Space Layers for Sequence Modeling},
+  author  = {Soydan, Taylan and Zubi{\\'c}, Nikola and Messikommer, Nico and Mishra, Siddhartha and
+             Scaramuzza, Davide},
+  journal = {arXiv preprint arXiv:2410.03464},
+  year    = {2024}
+}""",
+            variants=(
+                Variant("default", without=_S7_FULL_ONLY),
+                Variant(
+                    "plain_clipped",
+                    {"stable_reparam": False, "C_init": "lecun_normal"},
+                    {"clip_eigs": True},
+                    without=_S7_FULL_ONLY,
+                ),
+                Variant(
+                    "blocks_full_spectrum",
+                    {"blocks": 2, "conj_sym": False},
+                    {"conj_sym": False},
+                    without=_S7_FULL_ONLY,
+                ),
+                Variant(
+                    "bilinear",
+                    {"C_init": "complex_normal"},
+                    {"discretization": "bilinear"},
+                    without=_S7_FULL_ONLY,
+                ),
+                Variant("dirac", {}, {"discretization": "dirac"}, without=_S7_FULL_ONLY),
+                Variant("full", {"variant": "full"}, {"variant": "full"}, without=_S7_DELTA_ONLY),
+                Variant(
+                    "full_upstream",
+                    {"variant": "full", "init_memory": "upstream"},
+                    {"variant": "full"},
+                    without=_S7_DELTA_ONLY | _S7_FULL_ONLY,
+                ),
             ),
         ),
     )

@@ -55,7 +55,9 @@ def functions() -> None:
 def modules() -> None:
     """Run forward and backward of every model's Module."""
     classes = {
-        name.lower(): value for name, value in vars(lrnnx_nn).items() if isinstance(value, type)
+        name.lower(): value
+        for name in lrnnx_nn.__all__
+        if isinstance(value := getattr(lrnnx_nn, name), type)
     }
     for name in MODELS:
         layer = classes.get(name.replace("_", ""))

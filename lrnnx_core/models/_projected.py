@@ -83,11 +83,17 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return out if weight is None else weight.to(x.dtype) * out
 
 
-def check_parts(where: str, state: Any, kind: type, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise unless the state is a ``kind`` whose parts have these shapes."""
+def check_parts(
+    where: str, state: Any, kind: type, shapes: dict[str, tuple[int, ...]], like: Tensor
+) -> None:
+    """Raise unless the state is a ``kind`` whose parts have these shapes, where ``like`` is."""
     if not isinstance(state, kind):
         raise ValueError(f"{where}: state is a {type(state).__name__}, expected {kind.__name__}")
     for name, shape in shapes.items():
-        got = tuple(getattr(state, name).shape)
-        if got != shape:
-            raise ValueError(f"{where}: state.{name} {got}, expected {shape} for this input")
+        part = getattr(state, name)
+        if tuple(part.shape) != shape:
+            raise ValueError(
+                f"{where}: state.{name} {tuple(part.shape)}, expected {shape} for this input"
+            )
+        if part.device != like.device:
+            raise ValueError(f"{where}: state.{name} is on {part.device} and u on {like.device}")

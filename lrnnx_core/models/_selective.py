@@ -60,7 +60,7 @@ def inner(
     taps, width = params["conv1d.weight"].shape[-1], x.shape[-1]
     if state is not None:
         shapes = {"conv": (*batch, taps - 1, width), "h": (*batch, *A.shape)}
-        check_parts(where, state, State, shapes)
+        check_parts(where, state, State, shapes, x)
     v, tail = causal_conv1d(
         x, params["conv1d.weight"], params.get("conv1d.bias"),
         None if state is None else state.conv,

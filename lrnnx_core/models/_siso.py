@@ -32,8 +32,9 @@ from lrnnx_core.sequences import Layout, align_right, at_length
 from lrnnx_core.types import Discrete, Mode, Params
 
 MODES = ("auto", "conv", "scan", "recurrent")
-# Up to this length a scan of all states is cheaper than a kernel and three FFTs.
-SCAN_LENGTH = 32
+# Up to this length a scan of all states is cheaper than a kernel and three FFTs: on a CPU (plain
+# torch, 1 thread) the two cross between 16 and 32, for H 32 ... 128 and N 16 ... 64.
+SCAN_LENGTH = 16
 
 
 class Recurrence(NamedTuple):

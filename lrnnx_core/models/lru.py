@@ -68,7 +68,7 @@ def init(
         ValueError: a size < 1; bounds given as floats outside 0 <= r_min < r_max <= 1, max_phase <=
             0.
 
-    Source: Orvieto et al. 2023, lemma 3.2, section 3.4 and appendix A.
+    Source: Orvieto et al. 2023, lemma 3.2 and appendix A (reference implementation).
     """
     check_sizes("lru.init", d_model=d_model, d_state=d_state)
     if not (isinstance(r_min, Tensor) or isinstance(r_max, Tensor) or 0 <= r_min < r_max <= 1):
@@ -125,7 +125,7 @@ def discretize(
     Raises:
         ValueError: another choice.
 
-    Source: Orvieto et al. 2023, eqs. (5) to (7); the power of lambda is ours.
+    Source: Orvieto et al. 2023, section 3; the power of lambda is ours.
     """
     r = _recurrence(
         "lru.discretize", params, compute_dtype(params, integration_timesteps),
@@ -206,7 +206,7 @@ def scan(
         ValueError: shapes, dtypes, devices or choices that do not fit; a state with
             ``bidirectional``; ``conv`` with timesteps, mask or reset.
 
-    Source: Orvieto et al. 2023, eq. (2) and appendix A.
+    Source: Orvieto et al. 2023, section 3 and appendix A.
     """
     B = params["B_re"]
     check_input("lru.scan", u, B.shape[1], B, rank=2, shape="(..., L, H)")

@@ -164,7 +164,7 @@ def discretize(
     Raises:
         ValueError: an unknown choice.
 
-    Source: Gu & Dao 2023, eqs. of section 2 with the input-dependent delta of algorithm 2.
+    Source: Gu & Dao 2023, section 2 (discretization) and algorithm 2 (delta from the input).
     """
     function = scheme_of("mamba.discretize", discretization, timestep_mode, alpha)
     if discretization == "async":

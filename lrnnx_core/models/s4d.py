@@ -82,7 +82,7 @@ def init(
         ValueError: a size < 1; an odd N of a complex model; S that does not divide H; an A_init
             that does not exist or is not for real models.
 
-    Source: Gu et al. 2022, sections 3.2 (parametrisation) and 4 (A_init).
+    Source: Gu et al. 2022, sections 3 (parametrisation) and 4 (initialisation of A).
     """
     check_sizes("s4d.init", d_model=d_model, d_state=d_state, channels=channels)
     copies = d_model if n_ssm is None else n_ssm
@@ -163,7 +163,7 @@ def discretize(
     Raises:
         ValueError: an unknown choice.
 
-    Source: Gu et al. 2022, section 2 (zero-order hold and bilinear).
+    Source: Gu et al. 2022 (zero-order hold and bilinear transform).
     """
     r = _recurrence(
         "s4d.discretize", params, compute_dtype(params, integration_timesteps),
@@ -198,7 +198,7 @@ def kernel(
     Raises:
         ValueError: length < 1, an unknown choice, no C2 in params.
 
-    Source: Gu et al. 2022, eq. (4) and section 3.1 (Vandermonde product).
+    Source: Gu et al. 2022, section 3 (the kernel as a Vandermonde product).
     """
     r = _recurrence(
         "s4d.kernel", params, compute_dtype(params), None, "both", discretization, alpha, dt_scale
@@ -240,7 +240,7 @@ def scan(
         dt_scale: see `discretize`.
         bidirectional: add the reverse direction, read with C2; it starts at the next sample.
         mode: ``conv`` (kernel and FFT, nothing of size L N H); ``scan``; ``recurrent`` (a loop, the
-            specification); ``auto``: ``conv`` where nothing varies in time and L > 32, else
+            specification); ``auto``: ``conv`` where nothing varies in time and L > 16, else
             ``scan``.
         kernel: from `kernel`, at least L long, for ``conv``.
         discrete: (A_bar, B_bar) from `discretize`, to be used instead of discretizing.

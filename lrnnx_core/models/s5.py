@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,8 +34,9 @@ from lrnnx_core.models._common import (
 from lrnnx_core.sequences import layout
 from lrnnx_core.types import Discrete, Discretization, Mode, Number, Params, TimestepMode
 
+CInit = Literal["trunc_standard_normal", "lecun_normal", "complex_normal"]
 DISCRETIZATIONS = ("zoh", "bilinear", "gbt", "euler", "dirac", "mamba", "async")
-C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")
+C_INITS = get_args(CInit)
 MAX_REAL = -1e-4
 """Where `clip_eigs` holds the real part of the eigenvalues."""
 
@@ -48,9 +49,7 @@ def init(
     conj_sym: bool = True,
     bidirectional: bool = False,
     Lambda_init: Literal["hippo", "lin"] = "hippo",
-    C_init: Literal[
-        "trunc_standard_normal", "lecun_normal", "complex_normal"
-    ] = "trunc_standard_normal",
+    C_init: CInit = "trunc_standard_normal",
     dt_min: Number = 1e-3,
     dt_max: Number = 1e-1,
     generator: torch.Generator | None = None,
@@ -81,16 +80,12 @@ def init(
     Raises:
         ValueError: a size < 1; P not divisible by J; P/J odd with ``conj_sym``; an unknown choice.
 
-    Source: Smith et al. 2023, sections 4.3 and B.1 (initialisation), 3.3 (conjugate symmetry).
+    Source: Smith et al. 2023, section 3 and its appendix on initialisation; the authors' code.
     """
     check_sizes("s5.init", d_model=d_model, d_state=d_state, blocks=blocks)
     check_choice("s5.init", "Lambda_init", Lambda_init, ("hippo", "lin"))
     check_choice("s5.init", "C_init", C_init, C_INITS)
-    if d_state % blocks or (conj_sym and (d_state // blocks) % 2):
-        raise ValueError(
-            f"s5.init: d_state = {d_state} with blocks = {blocks}, conj_sym = {conj_sym}; expected "
-            "d_state divisible by blocks" + (" into an even block size" if conj_sym else "")
-        )
+    check_blocks("s5.init", d_state, blocks, conj_sym)
     draw = initialize.Drawer(generator, device, dtype).resolved()
     stored = d_state // 2 if conj_sym else d_state
     params: Params = {}
@@ -125,6 +120,15 @@ def init(
         params[key + "_re"], params[key + "_im"] = re, im
     params["D"] = draw.normal(d_model)
     return params
+
+
+def check_blocks(where: str, d_state: int, blocks: int, conj_sym: bool) -> None:
+    """Raise unless d_state divides into blocks, of even size where one of each pair is stored."""
+    if d_state % blocks or (conj_sym and (d_state // blocks) % 2):
+        raise ValueError(
+            f"{where}: d_state = {d_state} with blocks = {blocks}, conj_sym = {conj_sym}; expected "
+            "d_state divisible by blocks" + (" into an even block size" if conj_sym else "")
+        )
 
 
 def init_state(
@@ -170,7 +174,7 @@ def discretize(
     Raises:
         ValueError: an unknown choice.
 
-    Source: Smith et al. 2023, eq. (6) (zero-order hold).
+    Source: Smith et al. 2023 (zero-order hold is its discretization).
     """
     r = _recurrence(
         "s5.discretize", params, compute_dtype(params, integration_timesteps),
@@ -209,7 +213,7 @@ def kernel(
     Raises:
         ValueError: length < 1, an unknown choice, no C2 in params.
 
-    Source: Smith et al. 2023, section 2.2 and appendix C.
+    Source: the recurrence of `scan`, unrolled.
     """
     r = _recurrence(
         "s5.kernel", params, compute_dtype(params), None, "both", discretization, alpha, dt_scale,
@@ -257,7 +261,7 @@ def scan(
         conj_sym: as in `init`.
         bidirectional: add the reverse direction, read with C2; both count the current sample.
         mode: ``scan``; ``conv`` (FFT over the state's impulse responses); ``recurrent`` (a loop,
-            the specification); ``auto`` = ``scan``, the fastest at every length measured.
+            the specification); ``auto`` = ``scan``.
         kernel: from `kernel`, at least L long, to be convolved with instead.
         discrete: (A_bar, B_bar) from `discretize`, to be used instead of discretizing.
 
@@ -269,7 +273,7 @@ def scan(
         ValueError: shapes, dtypes, devices or choices that do not fit; a state with
             ``bidirectional``; ``conv`` with timesteps, mask or reset.
 
-    Source: Smith et al. 2023, section 3 (eq. 5 and the parallel scan).
+    Source: Smith et al. 2023, section 3 (the S5 layer).
     """
     B = params["B_re"]
     check_input("s5.scan", u, B.shape[1], B, rank=2, shape="(..., L, H)")

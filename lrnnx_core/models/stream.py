@@ -9,8 +9,8 @@ since the last event, while the step of the input stays Mamba's:
 So events that come at the same time (tau = 0) all count, and silence fades what came before it.
 With tau = 1 it is not Mamba: the decay has its own step.
 
-Source: STREAM's event-driven Mamba as the published lrnnx library realises it. The authors' own
-code could not be read, so which discrete gain it uses is not confirmed.
+Source: Schoene et al. 2024, arXiv:2411.12603, as the published lrnnx library realises it. The
+authors' own code could not be read, so which discrete gain it uses is not confirmed.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ def causal_conv1d(
     Source: Gu & Dao 2023 (Mamba), arXiv:2312.00752, section 3.4 (the block).
     """
     taps = _check(x, weight, bias, tail, activation)
+    lengths = None if lengths is None else lengths.expand(x.shape[:-2])
     length, width = x.shape[-2:]
     before = x.new_zeros(*x.shape[:-2], taps - 1, width) if tail is None else tail.to(x.dtype)
     past = torch.cat([before, x], dim=-2)
@@ -50,7 +51,7 @@ def causal_conv1d(
     y = torch.zeros_like(x, dtype=w.dtype) if bias is None else bias.to(w.dtype).expand(x.shape)
     seen = segment = None
     if reset is not None and taps > 1:
-        segment = reset.to(torch.int32).cumsum(-1)
+        segment = reset.expand(x.shape[:-1]).to(torch.int32).cumsum(-1)
         seen = torch.cat([segment.new_zeros(*segment.shape[:-1], taps - 1), segment], dim=-1)
     for k in range(taps):
         term = past.narrow(-2, k, length).to(w.dtype) * w[:, k]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lrnnx_core import checks, registry
 from lrnnx_core.backends.transforms import transform_active
+from lrnnx_core.models._siso import SCAN_LENGTH
 from lrnnx_core.types import Discretization, Params
 
 # What a call brings rather than the layer: never an option of the constructor.
@@ -122,9 +123,9 @@ class Layer(nn.Module):
             for key, value in self._draw(generator, first.device, first.dtype).items():
                 _reach(self, key).copy_(value)
 
-    def init_state(self, batch_shape: Sequence[int] = ()) -> Tensor:
+    def init_state(self, batch_shape: Sequence[int] = ()) -> Any:
         """Return the zero state for sequences with these leading dimensions."""
-        return self.model.init_state(self.params, batch_shape)
+        return self.model.init_state(self.params, batch_shape, **self._known("init_state"))
 
     def forward(
         self,
@@ -149,14 +150,14 @@ class Layer(nn.Module):
     def prefill(
         self,
         u: Tensor,
-        state: Tensor | None = None,
+        state: Any = None,
         *,
         integration_timesteps: Tensor | None = None,
         lengths: Tensor | None = None,
         mask: Tensor | None = None,
         reset: Tensor | None = None,
         dt_scale: float | Tensor = 1.0,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Any]:
         """Run over u (..., L, H) from ``state``; return y and the state after it.
 
         Any split of a sequence into prefills and steps gives what one `forward` gives.
@@ -173,11 +174,11 @@ class Layer(nn.Module):
     def step(
         self,
         u_t: Tensor,
-        state: Tensor,
+        state: Any,
         *,
         integration_timestep: Tensor | None = None,
         dt_scale: float | Tensor = 1.0,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Any]:
         """Take one step: u_t (..., H), state from `init_state`, `prefill` or `step`.
 
         Raises:
@@ -197,7 +198,7 @@ class Layer(nn.Module):
         shown = {"d_model": self.d_model, "d_state": self.d_state, **self._options}
         return ", ".join(f"{k}={v!r}" for k, v in shown.items())
 
-    def _scan(self, u: Tensor, state: Tensor | None, **sequence: Any) -> tuple[Tensor, Tensor]:
+    def _scan(self, u: Tensor, state: Any, **sequence: Any) -> tuple[Tensor, Any]:
         self._check_values(u, sequence["integration_timesteps"], sequence["lengths"])
         options = self._known("scan") | {"mode": self.mode} | sequence
         uniform = all(sequence[k] is None for k in ("integration_timesteps", "mask", "reset"))
@@ -210,7 +211,7 @@ class Layer(nn.Module):
         return self.model.scan(self.params, u, state, **options)
 
     def _convolves(self, u: Tensor) -> bool:
-        siso = self.model.connectivity == "siso" and u.ndim >= 2 and u.shape[-2] > 32
+        siso = self.model.connectivity == "siso" and u.ndim >= 2 and u.shape[-2] > SCAN_LENGTH
         return self.mode == "conv" or (self.mode == "auto" and siso)
 
     def _known(self, function: str) -> dict[str, Any]:
@@ -250,6 +251,8 @@ class Layer(nn.Module):
     # --- what evaluation need not compute twice -------------------------------------------------
 
     def _discrete(self, dt_scale: float | Tensor) -> Any:
+        if "discrete" not in registry.options(self.model, "step"):
+            return None
         options = self._known("discretize")
         return self._cached(
             "discrete",

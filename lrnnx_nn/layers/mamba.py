@@ -25,6 +25,7 @@ class Mamba(ProjectedLayer):
     name = "mamba"
     projections = ("in_proj", "out_proj")
     kept_wide = frozenset({"A_log", "D", "dt_proj.bias", "dtA_bias"})
+    ssm_parameters = frozenset({"A_log", "D", "dt_proj.bias"})
 
     def _inner(
         self, u: Tensor, state: Any, seq: Layout, mode: str, options: dict[str, Any]
@@ -53,3 +54,4 @@ class STREAM(Mamba):
     """
 
     name = "stream"
+    ssm_parameters = frozenset({"A_log", "D", "dt_proj.bias", "dtA_bias"})

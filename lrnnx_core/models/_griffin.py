@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: MIT
+"""The inner part of a Griffin recurrent block, between its projections: convolution and RG-LRU."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrnnx_core.models._common import check_choice, check_device, full_precision
+from lrnnx_core.models._projected import check_parts
+from lrnnx_core.ops.causal_conv1d import causal_conv1d
+from lrnnx_core.ops.guarded_sqrt import guarded_sqrt
+from lrnnx_core.ops.linear_scan import linear_scan
+from lrnnx_core.sequences import Layout
+from lrnnx_core.types import Mode, Number, Params, TimestepMode
+
+DISCRETIZATIONS = ("none",)
+MODES = ("auto", "scan", "recurrent")
+TIMESTEP_MODES = ("both", "state_only")
+
+
+class State(NamedTuple):
+    """What a Griffin block remembers.
+
+    conv (..., K - 1, W), the last inputs of the convolution, oldest first, in the activations'
+    dtype; h (..., W), at least float32; started (...) bool, whether a document has begun.
+    """
+
+    conv: Tensor
+    h: Tensor
+    started: Tensor
+
+
+class Options(NamedTuple):
+    """The choices and numbers that `inner` and its callers share."""
+
+    timestep_mode: TimestepMode = "both"
+    c: Number = 8.0
+    dt_scale: Number = 1.0
+    start_rule: bool = True
+    recurrent: bool = False
+
+
+def options_of(
+    where: str,
+    discretization: str | None,
+    timestep_mode: TimestepMode,
+    c: Number,
+    dt_scale: Number,
+    start_rule: bool,
+    mode: Mode,
+) -> Options:
+    """Check the choices of a call and bundle them."""
+    check_choice(where, "discretization", discretization or "none", DISCRETIZATIONS)
+    check_choice(where, "timestep_mode", timestep_mode, TIMESTEP_MODES)
+    check_choice(where, "mode", mode, MODES)
+    return Options(timestep_mode, c, dt_scale, start_rule, mode == "recurrent")
+
+
+def inner(
+    where: str,
+    params: Params,
+    x: Tensor,
+    y: Tensor,
+    state: State | None,
+    layout: Layout,
+    options: Options,
+) -> tuple[Tensor, State]:
+    """Run the block on what linear_x and linear_y give, padding on the right.
+
+    Args:
+        where: who asks, for the messages of errors.
+        params: conv_1d.* and rg_lru.*, see `rglru.init`.
+        x: (..., L, W), from linear_x.
+        y: (..., L, W), from linear_y; the gate before its gelu.
+        state: before the first sample; zeros if None.
+        layout: lengths, reset and timesteps; no mask.
+        options: see `Options`.
+
+    Returns:
+        What linear_out takes, (..., L, W) in x's dtype, and the new state.
+    """
+    _check(where, params, x, y, state)
+    length = x.shape[-2]
+    reset = None if layout.reset is None else layout.reset.expand(x.shape[:-1])
+    v, tail = causal_conv1d(
+        x, params["conv_1d.weight"], params.get("conv_1d.bias"),
+        None if state is None else state.conv, reset=reset, lengths=layout.lengths,
+    )  # fmt: skip
+    log_decay, log_gain, gate = logs_and_gate(params, v, layout.timesteps, options)
+    resets = layout.resets(length)
+    with full_precision(x.device):
+        a = torch.exp(log_decay)
+        m = multiplier(log_gain)
+        if options.start_rule:
+            starts = _starts(state, resets, length, x.device)
+            m = torch.where(starts.unsqueeze(-1), torch.ones_like(m), m)
+            # without a state there is nothing to clear at the first sample
+            resets = resets if state is None else starts
+        b = m * (gate * v.to(m.dtype))
+        valid = layout.valid(length)
+        if valid is not None:
+            # a = 1 with no input leaves the state alone: the last state is that at the length
+            kept = valid.unsqueeze(-1)
+            a = torch.where(kept, a, torch.ones_like(a))
+            b = torch.where(kept, b, torch.zeros_like(b))
+        h, last = linear_scan(
+            a, b, None if state is None else state.h, reset=resets,
+            backend="reference" if options.recurrent else "auto",
+        )  # fmt: skip
+        out = torch.nn.functional.gelu(y, approximate="tanh") * h
+    return out.to(x.dtype), State(tail, last, _has_started(x, state, layout))
+
+
+def logs_and_gate(
+    params: Params, v: Tensor, timesteps: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log a (..., L, W) in the decay and in the multiplier, and the input gate.
+
+    log a = -c r softplus(Lambda): both gates come from one matrix product a block.
+    """
+    names = ("input_gate", "recurrent_gate")
+    weights = torch.cat([params[f"rg_lru.{n}_weight"] for n in names], dim=-1)  # (heads, w, 2 w)
+    biases = torch.cat([params[f"rg_lru.{n}_bias"] for n in names], dim=-1)
+    heads, width, _ = weights.shape
+    dtype = torch.promote_types(v.dtype, weights.dtype)
+    gates = torch.einsum(
+        "...hi,hij->...hj", v.unflatten(-1, (heads, width)).to(dtype), weights.to(dtype)
+    )
+    with full_precision(v.device):
+        Lambda = params["rg_lru.recurrent_param"]
+        wide = torch.promote_types(torch.promote_types(dtype, Lambda.dtype), torch.float32)
+        gates = torch.sigmoid(gates.to(wide) + biases.to(wide))
+        gate, r = (g.flatten(-2) for g in gates.chunk(2, dim=-1))
+        rate = torch.nn.functional.softplus(Lambda.to(wide)) * options.c * options.dt_scale
+        log_a = -rate * r
+        if timesteps is None:
+            return log_a, log_a, gate
+        timed = timesteps.to(wide).unsqueeze(-1) * log_a
+        return timed, log_a if options.timestep_mode == "state_only" else timed, gate
+
+
+def multiplier(log_a: Tensor) -> Tensor:
+    """Return sqrt(1 - a^2) without the cancellation near a = 1, its slope guarded."""
+    return guarded_sqrt(-torch.expm1(2 * log_a))
+
+
+def state_shapes(params: Params) -> tuple[tuple[int, int], tuple[int]]:
+    """Return the shapes (K - 1, W) and (W,) of a state without batch axes."""
+    width, _, taps = params["conv_1d.weight"].shape
+    return (taps - 1, width), (width,)
+
+
+def _starts(
+    state: State | None, resets: Tensor | None, length: int, device: torch.device
+) -> Tensor:
+    """Return where a document starts: at resets, and at the first sample a fresh state meets."""
+    starts = torch.arange(length, device=device) == 0
+    if state is not None:
+        starts = starts & ~state.started.unsqueeze(-1)
+    return starts if resets is None else starts | resets
+
+
+def _has_started(x: Tensor, state: State | None, layout: Layout) -> Tensor:
+    """Return whether any sample has counted so far, (...) bool."""
+    if layout.lengths is not None:
+        now = layout.lengths > 0
+    else:
+        now = torch.full(x.shape[:-2], x.shape[-2] > 0, dtype=torch.bool, device=x.device)
+    return now if state is None else now | state.started
+
+
+def _check(where: str, params: Params, x: Tensor, y: Tensor, state: State | None) -> None:
+    """Raise unless widths, blocks and state belong together."""
+    batch, width = x.shape[:-2], params["rg_lru.recurrent_param"].shape[0]
+    heads, block, _ = params["rg_lru.input_gate_weight"].shape
+    if heads * block != width:
+        raise ValueError(
+            f"{where}: {heads} gate blocks of width {block} do not make up the width {width} of "
+            "rg_lru.recurrent_param"
+        )
+    for name, value in (("linear_x", x), ("linear_y", y)):
+        if value.shape != (*x.shape[:-1], width):
+            raise ValueError(
+                f"{where}: {name} gives {tuple(value.shape)}, expected {(*x.shape[:-1], width)}"
+            )
+    if state is None:
+        return
+    conv, h = state_shapes(params)
+    shapes = {"conv": (*batch, *conv), "h": (*batch, *h), "started": tuple(batch)}
+    check_parts(where, state, State, shapes, x)
+    for name, value in state._asdict().items():
+        check_device(where, f"state.{name}", value, x)
+    if state.started.dtype != torch.bool:
+        raise ValueError(f"{where}: state.started has dtype {state.started.dtype}, expected bool")

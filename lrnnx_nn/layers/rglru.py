@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT
+"""The Griffin recurrent block as a Module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lrnnx_core.models import _griffin
+from lrnnx_core.sequences import Layout
+from lrnnx_nn.layers.projected import ProjectedLayer
+
+
+class RGLRU(ProjectedLayer):
+    """RG-LRU in the Griffin recurrent block (De et al. 2024): gated decays on a ring.
+
+    ``RGLRU(d_model, d_state=None, **options)``; d_state is the recurrent width, d_model if None.
+    Options are those of `lrnnx_core.rglru.init` and `lrnnx_core.rglru.scan`: ``heads``, ``d_conv``,
+    ``expand``, ``c``, ``init_power``, ``r_min``, ``r_max``, ``start_rule``, ``timestep_mode`` and
+    more.
+    """
+
+    name = "rglru"
+    projections = ("linear_x", "linear_y", "linear_out")
+    kept_wide = frozenset({"rg_lru.recurrent_param"})
+    ssm_parameters = frozenset({"rg_lru.recurrent_param"})
+
+    def _inner(
+        self, u: Tensor, state: Any, seq: Layout, mode: str, options: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        bundled = _griffin.options_of(
+            self.name,
+            options.get("discretization"),
+            options.get("timestep_mode", "both"),
+            options.get("c", 8.0),
+            options["dt_scale"],
+            options.get("start_rule", True),
+            mode,  # pyright: ignore[reportArgumentType]
+        )
+        x, y = self._project("linear_x", u), self._project("linear_y", u)
+        out, new = _griffin.inner(self.name, self._inner_params(), x, y, state, seq, bundled)
+        return self._project("linear_out", out), new

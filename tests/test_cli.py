@@ -1,0 +1,427 @@
+"""The console script: what it prints, what it leaves, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lrnnx_core import registry
+from lrnnx_nn import Classifier, optional, recipes
+from lrnnx_nn.cli import doctor
+from lrnnx_nn.cli.main import build_parser, main
+from lrnnx_nn.cli.options import layer_options, parse_device, parse_layer_options
+from lrnnx_nn.recipes import TrainingConfig
+from lrnnx_nn.training import loop, run
+
+for package in ("aeon", "matplotlib", "rich", "safetensors"):
+    pytest.importorskip(package)
+
+SMALL = ["--d-model", "4", "--d-state", "4", "--n-layer", "1", "--epochs", "2", "--batch-size", "8"]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    random = np.random.default_rng(0)
+    y = np.arange(40) % 2
+    X = random.standard_normal((40, 5, 2)) + 2 * y[:, None, None]
+    np.savez(tmp_path / "tiny.npz", X=X, y=y)
+    return str(tmp_path / "tiny.npz")
+
+
+@pytest.fixture(autouse=True)
+def _few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "everything" not in request.node.name:
+        monkeypatch.setattr(run, "_draw", lambda *args: None)
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    """Expect code 2 and one line on stderr that matches."""
+    try:
+        code = main(arguments)
+    except SystemExit as error:  # argparse's way
+        code = error.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert re.fullmatch(r"lrnnx: error: .*\n", captured.err), captured.err
+    assert re.search(message, captured.err), captured.err
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+# --- train and eval ------------------------------------------------------------------------------
+
+
+def test_train_leaves_everything_and_eval_agrees(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert main(["train", "--dataset", data, "--layer", "LRU", "--out", str(folder), *SMALL]) == 0
+    out = capsys.readouterr().out
+    result = json.loads((folder / "result.json").read_text())
+    assert "28 training and 12 test sequences (carved split)" in out
+    assert f"test accuracy        {100 * result['test_accuracy']:.2f} %" in out
+    assert f"parameters           {result['parameters']:,}" in out
+    assert re.search(r"time +\d+\.\d s on cpu", out)
+    assert "published" not in out
+    assert (folder / "eigenvalues.png").exists()
+    assert main(["eval", str(folder), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    for key in ("test_accuracy", "test_loss", "confusion_matrix", "classes"):
+        assert again[key] == result[key]
+    assert main(["eval", str(folder), "--dataset", data, "--device", "cpu"]) == 0
+    assert f"test accuracy  {100 * result['test_accuracy']:.2f} %" in capsys.readouterr().out
+
+
+def test_every_training_option_reaches_the_run(data: str, tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "epochs": 1, "batch_size": 9, "lr": 2e-3, "ssm_lr": 5e-4, "weight_decay": 0.2,
+        "warmup": 0.3, "clip": 0.5, "label_smoothing": 0.2, "noise": 0.1, "crop": 0.2,
+        "validation_fraction": 0.3, "patience": 7, "seed": 5,
+    }  # fmt: skip
+    model: dict[str, Any] = {
+        "d_model": 6, "d_state": 4, "n_layer": 1, "norm": "rms", "activation": "gelu",
+        "dropout": 0.4, "pooling": "last",
+    }  # fmt: skip
+    assert set(values) | {"refit"} == set(TrainingConfig.__dataclass_fields__)
+    assert set(model) == set(recipes.MODEL)
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in (values | model).items()]
+    options = ["--layer-option", "dt_min=0.02", "--layer-option=bidirectional=true", "--no-refit"]
+    folder, threads = tmp_path / "run", torch.get_num_threads()
+    code = main(
+        ["train", "--dataset", data, "--layer", "s4d", "--out", str(folder), "--device", "cpu",
+         "--threads", "2", *flags, *options]
+    )  # fmt: skip
+    assert code == 0
+    assert json.loads((folder / "result.json").read_text())["threads"] == 2
+    assert torch.get_num_threads() == threads
+    config = config_of(folder)
+    assert config["training"] == values | {"refit": False}
+    assert config["model"]["layer_options"] == {"dt_min": 0.02, "bidirectional": True}
+    assert config["model"]["layer"] == "s4d"
+    assert {key: config["model"][key] for key in model} == model
+    assert config["dataset"]["source"] == data
+    mixer = Classifier.load(folder).blocks[0].mixer
+    assert "C2_re" in dict(mixer.named_parameters())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("layer", registry.MODELS)
+def test_defaults_are_the_recipe(layer: str, data: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert (
+        main(["train", "--dataset", data, "--layer", layer, "--epochs", "1", "--out", str(folder)])
+        == 0
+    )
+    config = config_of(folder)
+    expected = recipes.model_defaults(layer)
+    assert {key: config["model"][key] for key in expected} == expected
+    assert config["training"] == TrainingConfig(epochs=1).__dict__
+
+
+def test_the_default_folder_is_new_each_time(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["train", "--dataset", data, "--seed", "3", *SMALL, "--epochs", "1"]) == 0
+    names = [path.name for path in (tmp_path / "runs").iterdir()]
+    assert len(names) == 2
+    assert all(re.fullmatch(r"tiny-s5-3-\d{8}-\d{6}(-2)?", name) for name in names)
+
+
+def test_ctrl_c_is_130_with_a_result(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_epoch, calls = loop._train_epoch, []
+
+    def interrupted(*args: Any) -> float:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train_epoch(*args)
+
+    monkeypatch.setattr(loop, "_train_epoch", interrupted)
+    folder = tmp_path / "run"
+    arguments = ["train", "--dataset", data, "--out", str(folder), *SMALL, "--epochs", "9"]
+    assert main(arguments) == 130
+    captured = capsys.readouterr()
+    assert captured.err == "lrnnx: interrupted, the best network was kept and tested\n"
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["interrupted"], result["epochs"]) == (True, 2)
+    assert main(["eval", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test_accuracy"] == result["test_accuracy"]
+
+
+def test_a_late_divergence_keeps_the_best_and_says_so(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = iter([1.0, float("nan"), 1.0])  # the third is the refit's
+    monkeypatch.setattr(loop, "_train_epoch", lambda *args: next(losses))
+    folder = tmp_path / "run"
+    assert main(["train", "--dataset", data, "--out", str(folder), *SMALL]) == 0
+    assert "warning: the loss became infinite; try a smaller --lr" in capsys.readouterr().err
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["diverged"], result["best_epoch"], result["epochs"]) == (True, 1, 1)
+
+
+def test_ctrl_c_before_anything_is_130(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: Any) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "_train_epoch", interrupted)
+    assert main(["train", "--dataset", data, "--out", str(tmp_path / "run"), *SMALL]) == 130
+    assert capsys.readouterr().err == "lrnnx: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layer", "lstm"], "unknown model 'lstm'; expected one of"),
+        (["--dataset", "NoSuchSet"], "neither a set that aeon ships .* JapaneseVowels"),
+        (["--dataset", "FordA"], "nothing is downloaded"),
+        (["--dataset", "none.npz"], "none.npz: no such file"),
+        (["--epochs", "0"], "epochs = 0, expected an integer >= 1"),
+        (["--epochs", "many"], "argument --epochs: invalid integer value: 'many'"),
+        (["--lr", "fast"], "argument --lr: invalid number value: 'fast'"),
+        (["--lr", "nan"], "lr = nan, expected a number > 0"),
+        (["--d-model", "0"], "d_model = 0, expected an integer >= 1"),
+        (["--d-state", "7"], "d_state = 7"),
+        (["--dropout", "1.5"], "dropout = 1.5, expected 0 <= dropout < 1"),
+        (["--norm", "group"], "norm = 'group', expected one of"),
+        (["--activation", "relu"], "activation = 'relu', expected one of"),
+        (["--pooling", "sum"], "pooling = 'sum', expected one of"),
+        (["--threads", "-1"], "--threads -1, expected >= 0"),
+        (["--device", "tpu9"], "--device tpu9: cannot be used here"),
+        (["--device", "meta"], "--device meta: holds no values"),
+        (["--layer-option", "blocks"], "--layer-option 'blocks', expected KEY=VALUE"),
+        (["--layer-option", "heads=2"], "s5 has no option 'heads'; expected one of .*blocks"),
+        (["--layer-option", "device=cpu"], "s5 has no option 'device'"),
+        (["--layer-option", "blocks=two"], "blocks = 'two', expected an integer"),
+        (["--layer-option", "blocks=3"], "expected d_state divisible by blocks"),
+        (["--layer-option", "bidirectional=1"], "bidirectional = 1, expected true or false"),
+        (["--layer-option", "dt_min=[1]"], "dt_min = .1., expected a number"),
+        (["--layer-option", "C_init=3"], "C_init = 3, expected a word"),
+        (["--layer-option", "discretization=[]"], "expected a number or a word"),
+        (["--layer-option", "discretization=tustin"], "tustin.*expected one of"),
+        (["--layer-option", "mode=fast"], "mode 'fast', expected one of"),
+        (["--layer-option", "blocks=1", "--layer-option", "blocks=2"], "blocks is given twice"),
+        (["--width", "3"], "unrecognized arguments: --width 3"),
+    ],
+)
+def test_bad_arguments_to_train(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, ["train", *arguments], message)
+    assert list(tmp_path.iterdir()) == []  # before any work
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"X": np.zeros((0, 3, 2)), "y": np.zeros(0)}, "no sequences"),
+        (
+            {"X": np.zeros((8, 3, 2)), "y": np.zeros(8)},
+            "only one class, 0.0; expected at least two",
+        ),
+        ({"X": np.full((8, 3, 2), np.nan), "y": np.arange(8) % 2}, "sequence 0 holds nan"),
+        (
+            {"X": np.zeros((8, 3, 2)), "y": np.arange(8) % 2, "lengths": np.full(8, -2)},
+            "lengths: between -2 and -2, expected 0 ... 3",
+        ),
+        ({"X": np.zeros((8, 3, 2)), "y": np.arange(7) % 2}, "labels .7,. for 8 sequences"),
+    ],
+)
+def test_bad_data_to_train(
+    arrays: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "bad.npz", **arrays)
+    source, out = str(tmp_path / "bad.npz"), tmp_path / "run"
+    fails(capsys, ["train", "--dataset", source, "--out", str(out)], message)
+    assert not out.exists()
+
+
+def test_a_folder_in_use_is_refused(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails(
+        capsys,
+        ["train", "--dataset", data, "--out", str(tmp_path)],
+        "not empty, and runs are never",
+    )
+    fails(
+        capsys,
+        ["train", "--dataset", data, "--out", data],
+        "a file, expected a new or empty folder",
+    )
+
+
+def test_broken_runs_are_refused(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails(capsys, ["eval", str(tmp_path / "none")], "not a run folder, it has no config.json")
+    folder = tmp_path / "run"
+    assert main(["train", "--dataset", data, "--out", str(folder), *SMALL]) == 0
+    fails(
+        capsys,
+        ["eval", str(folder), "--dataset", "BasicMotions"],
+        "6 channels.* trained on 2 chann",
+    )
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    fails(capsys, ["eval", str(folder)], r"model\.safetensors: truncated or corrupt checkpoint")
+    (folder / "config.json").write_text("{")
+    fails(capsys, ["eval", str(folder)], r"config\.json: not a readable JSON file")
+
+
+def test_traceback_shows_where(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a run folder"):
+        main(["--traceback", "eval", str(tmp_path)])
+
+
+@pytest.mark.parametrize("package", ["rich", "aeon", "matplotlib", "safetensors"])
+def test_a_missing_package_names_the_pip_line(
+    package: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def absent(name: str) -> Any:
+        if name.split(".")[0] == package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return __import__(name, fromlist=["_"])
+
+    monkeypatch.setattr(optional.importlib, "import_module", absent)
+    source = "JapaneseVowels" if package == "aeon" else data
+    out = tmp_path / "run"
+    assert main(["train", "--dataset", source, "--out", str(out), *SMALL]) == 2
+    assert capsys.readouterr().err == (
+        f'lrnnx: error: {package} is not installed: pip install "lrnnx-core[demo]"\n'
+    )
+    assert not out.exists()
+
+
+# --- options, models, doctor, help ---------------------------------------------------------------
+
+
+def test_layer_options_are_typed() -> None:
+    parsed = parse_layer_options(
+        "S5", ["blocks=2", "dt_max=1", "clip_eigs=True", "C_init=lecun_normal"]
+    )
+    assert parsed == {"blocks": 2, "dt_max": 1.0, "clip_eigs": True, "C_init": "lecun_normal"}
+    assert type(parsed["dt_max"]) is float
+    assert parse_layer_options("s4d", ["n_ssm=2", "discretization='bilinear'"]) == {
+        "n_ssm": 2,
+        "discretization": "bilinear",
+    }
+
+
+def test_devices() -> None:
+    assert parse_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert parse_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cuda: cannot be used here"):
+            parse_device("cuda")
+
+
+def test_models_lists_the_registry(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    text = capsys.readouterr().out
+    assert main(["models", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in listed] == list(registry.MODELS)
+    for entry, model in zip(listed, registry.MODELS.values(), strict=True):
+        assert set(entry["options"]) == set(layer_options(model))
+        assert entry["citation"] == model.citation
+        for value in (model.title, f"--layer {model.name}", *model.discretizations):
+            assert value in text
+        assert all(f"{key}=" in text for key in entry["options"])
+        assert model.citation.splitlines()[0] in text
+    assert main(["models", "S-5", "--cite"]) == 0
+    assert capsys.readouterr().out == registry.get("s5").citation + "\n"
+    fails(capsys, ["models", "lstm"], "unknown model 'lstm'")
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for what in (
+        "Python",
+        "torch",
+        "CPU",
+        "numba",
+        "CuPy",
+        "NVRTC",
+        "driver",
+        "GPU",
+        "safetensors",
+    ):
+        assert re.search(rf"^{what}\b", text, re.MULTILINE)
+    assert torch.__version__ in text
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("numba", "rich") else "1")
+    monkeypatch.setattr(doctor, "cuda_driver", lambda: (12, 4))
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert 'numba        missing, for CPU kernels  ->  pip install "lrnnx-core[cpu]"' in text
+    assert 'rich         missing, for lrnnx train  ->  pip install "lrnnx-core[demo]"' in text
+    major = (torch.version.cuda or "12").split(".")[0]
+    assert f'CuPy         missing  ->  pip install "lrnnx-core[cuda{major}]"' in text
+    assert "supports CUDA 12.4" in text
+    assert re.search(r"^[4-5] optional part\(s\) missing$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "models"])
+def test_help_shows_every_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    options = text[re.search("^options:", text, re.MULTILINE).start() :]  # type: ignore[union-attr]
+    entries = re.split(r"\n  (?=-)", options)[1:]
+    assert len(entries) >= 3
+    for entry in entries:
+        assert "(default:" in " ".join(entry.split()) or entry.startswith("-h"), entry
+
+
+def test_no_command_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, [], "the following arguments are required: COMMAND")
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert re.fullmatch(r"lrnnx-core \d\S+\n", capsys.readouterr().out)
+    assert build_parser().prog == "lrnnx"
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from lrnnx_nn.cli.main import main\n"
+        "try:\n    main(['train', '--help'])\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "heavy = {'torch', 'numpy', 'aeon', 'rich', 'matplotlib', 'safetensors'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--layer-option" in done.stdout
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lrnnx_nn.cli.main", "eval", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert re.fullmatch(r"lrnnx: error: .* not a run folder, it has no config\.json\n", done.stderr)
