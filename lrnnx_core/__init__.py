@@ -6,7 +6,7 @@
 """
 
 from lrnnx_core import checks, discretize, initialize, ops, registry, sequences
-from lrnnx_core.models import lru, mamba, rglru, s4d, s5, s7, stream
+from lrnnx_core.models import lru, mamba, mamba2, rglru, s4d, s5, s7, stream
 
 __version__ = "0.1.0.dev0"
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "initialize",
     "lru",
     "mamba",
+    "mamba2",
     "ops",
     "registry",
     "rglru",

@@ -9,7 +9,7 @@ from functools import partial
 from types import MappingProxyType, ModuleType
 from typing import Any, Literal, NamedTuple
 
-from lrnnx_core.models import lru, mamba, rglru, s4d, s5, s7, stream
+from lrnnx_core.models import lru, mamba, mamba2, rglru, s4d, s5, s7, stream
 
 NO_CHOICES: Mapping[str, Any] = MappingProxyType({})
 
@@ -182,6 +182,39 @@ MODELS: dict[str, Model] = {
                 Variant("gbt", {"dt_init": "constant"}, {"discretization": "gbt", "alpha": 0.7}),
                 Variant("rms_norms", {"inner_norm": "rms"}, {"inner_norm": "rms"}),
                 Variant("learned_norms", {"inner_norm": "learned"}, {"inner_norm": "learned"}),
+            ),
+        ),
+        _model(
+            mamba2,
+            title="Mamba-2",
+            aliases=("SSD",),
+            kind="ltv",
+            connectivity="siso",
+            discretizations=mamba2.DISCRETIZATIONS,
+            modes=mamba2.MODES,
+            timestep_modes=("both", "state_only"),
+            stability="always",
+            citation="""@inproceedings{dao2024mamba2,
+  title     = {Transformers are {SSMs}: Generalized Models and Efficient Algorithms Through
+               Structured State Space Duality},
+  author    = {Dao, Tri and Gu, Albert},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024},
+  note      = {arXiv:2405.21060}
+}""",
+            variants=(
+                Variant("default"),
+                Variant("groups", {"head_dim": 1, "n_groups": 2}, {"n_groups": 2}),
+                Variant(
+                    "norm_before_gate",
+                    {"bias": True, "d_conv": 2},
+                    {"norm_before_gate": True, "chunk_size": 5},
+                ),
+                Variant(
+                    "no_norm_limited",
+                    {"gated_norm": False, "conv_bias": False},
+                    {"dt_limit": (0.01, 0.05)},
+                ),
             ),
         ),
         _model(

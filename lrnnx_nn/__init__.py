@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lrnnx_nn.architectures import Classifier, ClassifierConfig
     from lrnnx_nn.blocks import Block
-    from lrnnx_nn.layers import LAYERS, LRU, RGLRU, S4D, S5, S7, STREAM, Layer, Mamba
+    from lrnnx_nn.layers import LAYERS, LRU, RGLRU, S4D, S5, S7, STREAM, Layer, Mamba, Mamba2
     from lrnnx_nn.norms import BatchNorm
     from lrnnx_nn.optimizer_groups import param_groups
 
 __all__ = [
-    "LAYERS", "LRU", "RGLRU", "S4D", "S5", "S7", "STREAM", "Layer", "Mamba",
+    "LAYERS", "LRU", "RGLRU", "S4D", "S5", "S7", "STREAM", "Layer", "Mamba", "Mamba2",
     "BatchNorm", "Block", "param_groups",
     "Classifier", "ClassifierConfig",
 ]  # fmt: skip
@@ -31,6 +31,7 @@ _HOMES = {
         "STREAM",
         "Layer",
         "Mamba",
+        "Mamba2",
     ),
     "lrnnx_nn.norms": ("BatchNorm",),
     "lrnnx_nn.blocks": ("Block",),

@@ -24,6 +24,7 @@ MODEL: Mapping[str, Any] = {
 LAYER_MODEL: Mapping[str, Mapping[str, Any]] = {
     "s4d": {"d_state": 16},
     "mamba": {"d_state": 16},
+    "mamba2": {"d_state": 32},
     "stream": {"d_state": 16},
 }
 """What differs for one layer: some keep d_state numbers for every channel, others for all."""

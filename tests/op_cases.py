@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lrnnx_core import ops
+from lrnnx_core.ops.trilinear import trilinear
 
 L, S = 5, 2
 
@@ -280,8 +281,23 @@ CASES: dict[str, list[Case]] = {
     ],
 }
 
+
+def trilinear_case(name: str, *, batch: tuple[int, ...] = (L,)) -> Case:
+    def inputs() -> tuple[Tensor, ...]:
+        shapes = ((2, S, 3), (*batch, S), (*batch, 3))
+        return tuple(draw(*shape, seed=i) for i, shape in enumerate(shapes))
+
+    def function(*tensors: Tensor, backend: str = "auto") -> Tensor:
+        return trilinear(*tensors, chunk_size=2, backend=backend)
+
+    return Case(name, function, inputs)
+
+
+INTERNAL: dict[str, list[Case]] = {"trilinear": [trilinear_case("plain")]}
+"""Operators that models use and `lrnnx_core.ops` does not export; they meet the same table."""
+
 ALL = [
     (f"{op}-{case.name}".replace(" ", "_").replace(",", ""), case)
-    for op, cases in CASES.items()
+    for op, cases in (CASES | INTERNAL).items()
     for case in cases
 ]

@@ -802,7 +802,7 @@ def test_allocations_are_linear_in_the_length() -> None:
     def allocated(length: int) -> int:
         a = decay(1, 4, seed=1).requires_grad_()
         b = random(length, 4, seed=2).requires_grad_()
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             h, last = linear_scan(a, b)
             torch.autograd.grad(h.sum() + last.sum(), (a, b))
         return sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())

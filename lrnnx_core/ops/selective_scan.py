@@ -354,7 +354,8 @@ def _fake_backward(kept: Tensor, gy: Tensor, glast: Tensor, *rest: Any) -> tuple
 
 
 def _default_backward(kept: Tensor, gy: Tensor, glast: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    gradients = blocked_selective.selective_scan_backward(kept, gy, glast, *rest)
+    with full_precision(gy.device):  # a backward pass may be run inside of an autocast region
+        gradients = blocked_selective.selective_scan_backward(kept, gy, glast, *rest)
     return tuple(gy.new_empty(0) if g is None else g for g in gradients)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from lrnnx_core.models import _selective
 from lrnnx_core.models.mamba import options_of
 from lrnnx_core.sequences import Layout
+from lrnnx_core.types import Discretization
 from lrnnx_nn.layers.projected import ProjectedLayer
 
 
@@ -26,6 +27,15 @@ class Mamba(ProjectedLayer):
     projections = ("in_proj", "out_proj")
     kept_wide = frozenset({"A_log", "D", "dt_proj.bias", "dtA_bias"})
     ssm_parameters = frozenset({"A_log", "D", "dt_proj.bias"})
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        discretization: Discretization | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(d_model, d_state, discretization, **options)
 
     def _inner(
         self, u: Tensor, state: Any, seq: Layout, mode: str, options: dict[str, Any]

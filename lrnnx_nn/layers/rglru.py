@@ -9,13 +9,15 @@ from torch import Tensor
 
 from lrnnx_core.models import _griffin
 from lrnnx_core.sequences import Layout
+from lrnnx_core.types import Discretization
 from lrnnx_nn.layers.projected import ProjectedLayer
 
 
 class RGLRU(ProjectedLayer):
     """RG-LRU in the Griffin recurrent block (De et al. 2024): gated decays on a ring.
 
-    ``RGLRU(d_model, d_state=None, **options)``; d_state is the recurrent width, d_model if None.
+    ``RGLRU(d_model, d_state=None, **options)``; d_state is the recurrent width, ``expand`` (or 1)
+    times d_model if None.
     Options are those of `lrnnx_core.rglru.init` and `lrnnx_core.rglru.scan`: ``heads``, ``d_conv``,
     ``expand``, ``c``, ``init_power``, ``r_min``, ``r_max``, ``start_rule``, ``timestep_mode`` and
     more.
@@ -25,6 +27,19 @@ class RGLRU(ProjectedLayer):
     projections = ("linear_x", "linear_y", "linear_out")
     kept_wide = frozenset({"rg_lru.recurrent_param"})
     ssm_parameters = frozenset({"rg_lru.recurrent_param"})
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int | None = None,
+        discretization: Discretization | None = None,
+        **options: Any,
+    ) -> None:
+        width = d_state
+        if width is None:
+            expand = options.pop("expand", None)
+            width = d_model if expand is None else expand * d_model
+        super().__init__(d_model, width, discretization, **options)
 
     def _inner(
         self, u: Tensor, state: Any, seq: Layout, mode: str, options: dict[str, Any]
