@@ -10,8 +10,8 @@ peak resident size over the inputs, each measured in a process of its own.
 from __future__ import annotations
 
 import argparse
+import math
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -95,9 +95,16 @@ def report_peak(name: str, shape: tuple[int, int, int, int], train: bool) -> Non
     small = inputs(1, 8, shape[2], shape[3], train)
     seconds(IMPLEMENTATIONS[name], small, train)  # what is allocated once
     x = inputs(*shape, train)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
     seconds(IMPLEMENTATIONS[name], x, train)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    """Return a size of this process in MiB. (ru_maxrss would start from the parent's peak.)"""
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith(field))
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:
@@ -108,6 +115,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--states", type=int, default=16)
+    parser.add_argument(
+        "--loop-limit", type=int, default=512, help="longest L the step loop is trained at"
+    )
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--shape", type=int, nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
@@ -117,12 +127,11 @@ def main() -> None:
         report_peak(options.peak, tuple(options.shape), options.train)
         return
     print(
-        f"{platform.processor() or platform.machine()} CPU, {options.threads} threads, "
-        f"torch {torch.__version__}, B {options.batch} E {options.width} N {options.states}, float32"
+        f"{platform.processor() or platform.machine()} CPU, {options.threads} threads, torch "
+        f"{torch.__version__}, B {options.batch} E {options.width} N {options.states}, float32"
     )
-    print(
-        f"{'':26}{'L':>6}{'fwd ms':>9}{'train ms':>10}{'x train':>9}{'fwd MiB':>9}{'train MiB':>11}"
-    )
+    columns = ("fwd ms", "train ms", "train/ours", "fwd MiB", "train MiB")
+    print(f"{'':26}{'L':>6}" + "".join(f"{c:>11}" for c in columns))
     for length in options.lengths:
         shape = (options.batch, length, options.width, options.states)
         x = inputs(*shape, True)
@@ -132,16 +141,18 @@ def main() -> None:
             for name, function in IMPLEMENTATIONS.items():
                 torch.testing.assert_close(function(x).detach(), expected, rtol=1e-3, atol=1e-3)
                 for train in (False, True):
+                    if name.startswith("step") and train and length > options.loop_limit:
+                        best[name, train] = math.nan
+                        continue
                     took = seconds(function, x, train)
                     best[name, train] = min(best.get((name, train), took), took)
         base = best["lrnnx (plain torch)", True]
         for name in IMPLEMENTATIONS:
             times = best[name, False] * 1e3, best[name, True] * 1e3
-            memory = peak(name, shape, False), peak(name, shape, True)
-            print(
-                f"{name:26}{length:6}{times[0]:9.1f}{times[1]:10.1f}{times[1] / base / 1e3:9.2f}"
-                f"{memory[0]:9.0f}{memory[1]:11.0f}"
-            )
+            trained = math.nan if math.isnan(times[1]) else peak(name, shape, True)
+            row = (*times, times[1] / base / 1e3, peak(name, shape, False), trained)
+            cells = (f"{v:11.{2 if i == 2 else 0}f}" for i, v in enumerate(row))
+            print(f"{name:26}{length:6}" + "".join(cells))
 
 
 if __name__ == "__main__":
