@@ -10,6 +10,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any, Literal, NamedTuple
 
 from lrnnx_core.models import lru, mamba, mamba2, rglru, s4d, s5, s7, stream
+from lrnnx_core.models._common import LTI_MODES
 
 NO_CHOICES: Mapping[str, Any] = MappingProxyType({})
 
@@ -69,6 +70,7 @@ _S7_FULL_ONLY = frozenset({"abar_min", "abar_max", "init_memory", "chunk_size"})
 _S7_DELTA_ONLY = frozenset(
     {"integration_timesteps", "integration_timestep", "timestep_mode", "discretization", "alpha"}
     | {"dt_scale", "dt_min", "dt_max", "dt_init_scale", "conj_sym", "clip_eigs"}
+    | {"blocks", "stable_reparam", "C_init"}
 )
 
 MODELS: dict[str, Model] = {
@@ -80,7 +82,7 @@ MODELS: dict[str, Model] = {
             kind="lti",
             connectivity="siso",
             discretizations=s4d.DISCRETIZATIONS,
-            modes=("auto", "conv", "scan", "recurrent"),
+            modes=LTI_MODES,
             timestep_modes=("both", "state_only"),
             stability="always, under zoh, dirac, mamba, bilinear and gbt with alpha >= 1/2",
             citation="""@inproceedings{gu2022s4d,
@@ -114,7 +116,7 @@ MODELS: dict[str, Model] = {
             kind="lti",
             connectivity="mimo",
             discretizations=s5.DISCRETIZATIONS,
-            modes=("auto", "conv", "scan", "recurrent"),
+            modes=LTI_MODES,
             timestep_modes=("both", "state_only"),
             stability="with clip_eigs, under zoh, dirac, mamba, bilinear and gbt with alpha >= 1/2",
             citation="""@inproceedings{smith2023s5,
@@ -140,7 +142,7 @@ MODELS: dict[str, Model] = {
             kind="lti",
             connectivity="mimo",
             discretizations=lru.DISCRETIZATIONS,
-            modes=("auto", "conv", "scan", "recurrent"),
+            modes=LTI_MODES,
             timestep_modes=("state_only",),
             stability="always",
             citation="""@inproceedings{orvieto2023lru,
@@ -309,7 +311,7 @@ MODELS: dict[str, Model] = {
                     "full_upstream",
                     {"variant": "full", "init_memory": "upstream"},
                     {"variant": "full"},
-                    without=_S7_DELTA_ONLY | _S7_FULL_ONLY,
+                    without=_S7_DELTA_ONLY | {"abar_min", "abar_max"},
                 ),
             ),
         ),

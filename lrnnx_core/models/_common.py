@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.backends.transforms import full_precision
-from lrnnx_core.types import Discrete, Params
+from lrnnx_core.sequences import Layout
+from lrnnx_core.types import Discrete, Mode, Params
 
 
 def check_sizes(where: str, **sizes: int) -> None:
@@ -91,6 +92,46 @@ def check_timestep(where: str, timestep: Tensor | None, u_t: Tensor) -> None:
     check_device(where, "integration_timestep", timestep, u_t)
 
 
+LTI_MODES = ("auto", "conv", "scan", "recurrent")
+
+
+def check_lti_run(
+    where: str,
+    params: Params,
+    u: Tensor,
+    state: Tensor | None,
+    state_shape: torch.Size,
+    layout: Layout,
+    mode: Mode,
+    bidirectional: bool,
+    kernel: Tensor | None,
+) -> None:
+    """Raise what the scans of all time-invariant models refuse alike."""
+    check_choice(where, "mode", mode, LTI_MODES)
+    if bidirectional:
+        check_directions(where, params)
+        if state is not None:
+            raise ValueError(
+                f"{where}: a bidirectional model reads whole sequences; state must be None"
+            )
+    elif state is not None:
+        check_state(where, state, u.shape[:-2], state_shape, u)
+    if (mode == "conv" or kernel is not None) and not layout.uniform:
+        raise ValueError(
+            f"{where}: a convolution cannot run with integration_timesteps, mask or reset; use "
+            "mode='scan' or 'auto', without kernel"
+        )
+    if kernel is not None:
+        check_device(where, "kernel", kernel, u)
+        if mode not in ("auto", "conv"):
+            raise ValueError(f"{where}: kernel is for mode 'conv' or 'auto', got {mode!r}")
+
+
+def check_directions(where: str, params: Params) -> None:
+    """Raise unless params hold the readout of the reverse direction."""
+    check_keys(where, params, ("C2_re",), "make them with init(bidirectional=True)")
+
+
 def check_keys(where: str, params: Params, keys: Iterable[str], hint: str) -> None:
     """Raise if params lack a key that the choices call for."""
     missing = [k for k in keys if k not in params]
@@ -118,9 +159,12 @@ def zero_state(like: Tensor, batch_shape: Iterable[int], shape: Iterable[int]) -
 
 
 __all__ = [
+    "LTI_MODES",
     "check_choice",
+    "check_directions",
     "check_input",
     "check_keys",
+    "check_lti_run",
     "check_sizes",
     "check_state",
     "compute_dtype",

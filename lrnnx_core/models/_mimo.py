@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.models._common import (
-    check_choice,
-    check_device,
+    check_directions,
     check_discrete,
     check_input,
-    check_keys,
+    check_lti_run,
     check_state,
     check_steady,
     compute_dtype,
@@ -30,8 +29,6 @@ from lrnnx_core.ops import causal_convolution, linear_scan
 from lrnnx_core.ops.powers import powers
 from lrnnx_core.sequences import Layout, align_right, at_length
 from lrnnx_core.types import Discrete, Mode, Params
-
-MODES = ("auto", "conv", "scan", "recurrent")
 
 
 class Recurrence(NamedTuple):
@@ -185,11 +182,6 @@ def given(
     return Recurrence(A_bar, None, B_bar)
 
 
-def check_directions(where: str, params: Params) -> None:
-    """Raise unless params hold the readout of the reverse direction."""
-    check_keys(where, params, ("C2_re", "C2_im"), "make them with init(bidirectional=True)")
-
-
 def _check(
     where: str,
     params: Params,
@@ -200,22 +192,10 @@ def _check(
     bidirectional: bool,
     kernel: Tensor | None,
 ) -> None:
-    check_choice(where, "mode", mode, MODES)
-    if bidirectional:
-        check_directions(where, params)
-        if state is not None:
-            raise ValueError(
-                f"{where}: a bidirectional model reads whole sequences; state must be None"
-            )
-    elif state is not None:
-        check_state(where, state, u.shape[:-2], params["B_re"].shape[:1], u)
-    if (mode == "conv" or kernel is not None) and not layout.uniform:
-        raise ValueError(
-            f"{where}: a convolution cannot run with integration_timesteps, mask or reset; use "
-            "mode='scan' or 'auto', without kernel"
-        )
+    check_lti_run(
+        where, params, u, state, params["B_re"].shape[:1], layout, mode, bidirectional, kernel
+    )
     if kernel is not None:
-        check_device(where, "kernel", kernel, u)
         shape = (*params["C_re"].shape[:1], *params["B_re"].shape[1:])
         rank = 3 + bidirectional
         if kernel.ndim != rank or kernel.shape[-2:] != shape or kernel.shape[-3] < u.shape[-2]:
@@ -223,8 +203,6 @@ def _check(
                 f"{where}: kernel {tuple(kernel.shape)}, expected {(2,) * bidirectional} + "
                 f"(>= {u.shape[-2]}, {shape[0]}, {shape[1]})"
             )
-        if mode not in ("auto", "conv"):
-            raise ValueError(f"{where}: kernel is for mode 'conv' or 'auto', got {mode!r}")
 
 
 def _states(

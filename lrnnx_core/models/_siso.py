@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.models._common import (
-    check_choice,
-    check_device,
+    check_directions,
     check_discrete,
     check_input,
-    check_keys,
+    check_lti_run,
     check_state,
     check_steady,
     compute_dtype,
@@ -31,7 +30,6 @@ from lrnnx_core.ops.powers import Powers, accumulate, evaluate, powers
 from lrnnx_core.sequences import Layout, align_right, at_length
 from lrnnx_core.types import Discrete, Mode, Params
 
-MODES = ("auto", "conv", "scan", "recurrent")
 # Up to this length a scan of all states is cheaper than a kernel and three FFTs: on a CPU (plain
 # torch, 1 thread) the two cross between 16 and 32, for H 32 ... 128 and N 16 ... 64.
 SCAN_LENGTH = 16
@@ -144,7 +142,7 @@ def kernel(
         return evaluate(C * r.B_bar, p, length)
 
     if bidirectional:
-        _check_directions(where, params)
+        check_directions(where, params)
         K = torch.stack([one("C"), one("C2")])
     else:
         K = one("C")
@@ -252,10 +250,6 @@ def _recur(
     return _flat(y), last.unflatten(-1, (size, states))
 
 
-def _check_directions(where: str, params: Params) -> None:
-    check_keys(where, params, ("C2_re",), "make them with init(bidirectional=True)")
-
-
 def _check(
     where: str,
     params: Params,
@@ -266,24 +260,8 @@ def _check(
     bidirectional: bool,
     kernel: Tensor | None,
 ) -> None:
-    check_choice(where, "mode", mode, MODES)
-    if bidirectional:
-        _check_directions(where, params)
-        if state is not None:
-            raise ValueError(
-                f"{where}: a bidirectional model reads whole sequences; state must be None"
-            )
-    elif state is not None:
-        check_state(where, state, u.shape[:-2], state_shape(params), u)
-    if (mode == "conv" or kernel is not None) and not layout.uniform:
-        raise ValueError(
-            f"{where}: a convolution cannot run with integration_timesteps, mask or reset; use "
-            "mode='scan' or 'auto', without kernel"
-        )
+    check_lti_run(where, params, u, state, state_shape(params), layout, mode, bidirectional, kernel)
     if kernel is not None:
-        check_device(where, "kernel", kernel, u)
-        if mode not in ("auto", "conv"):
-            raise ValueError(f"{where}: kernel is for mode 'conv' or 'auto', got {mode!r}")
         shape = (2,) * bidirectional + params["D"].shape[:-1]
         at_least, width = u.shape[-2], params["D"].shape[-1]
         lead, tail = kernel.shape[:-2], kernel.shape[-2:]
