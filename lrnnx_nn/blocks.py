@@ -69,7 +69,7 @@ class Activation(nn.Module):
     Raises:
         ValueError: an unknown name, or widths it cannot bring together.
 
-    Source: Smith et al. 2023, appendix G (gates of S5); Gu et al. 2022 (GLU of S4D).
+    Source: the released code of S5 (Smith et al. 2023) and of S4D (Gu et al. 2022).
     """
 
     def __init__(

@@ -425,3 +425,13 @@ def test_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert re.fullmatch(r"lrnnx: error: .* not a run folder, it has no config\.json\n", done.stderr)
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    """`lrnnx models | head -1`, with enough output to fill the pipe."""
+    run = "import sys; from lrnnx_nn.cli.main import main; sys.exit(main(['models']))"
+    command = f'"{sys.executable}" -u -c "{run}" | head -n 1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.startswith("S4D")

@@ -364,7 +364,7 @@ def test_log_dt_maps_uniforms_log_uniformly() -> None:
     torch.testing.assert_close(got, torch.tensor([1e-3, 1e-2, 1e-1]).double())
 
 
-@pytest.mark.parametrize("entry", [m for m in MODELS.values() if m.name in ("s4d", "s5")], ids=str)
+@pytest.mark.parametrize("entry", [MODELS["s4d"], MODELS["s5"]], ids=lambda m: m.name)
 def test_steps_are_log_uniform_between_their_bounds(entry: Model) -> None:
     sizes = (5000, 2) if entry.name == "s4d" else (2, 400)
     log = entry.init(*sizes, dt_min=1e-2, dt_max=3.0, generator=seeded())["log_dt"].double()

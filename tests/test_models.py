@@ -6,8 +6,9 @@ loop over the documents of every row, each run alone and without padding.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,21 +17,35 @@ import pytest
 import torch
 from model_cases import (
     CASES,
+    CAUSAL,
+    FIRST,
+    SCALED,
+    TIMED,
     Case,
     assert_agree,
+    continuous,
     error,
     every_bidirectional_case,
     every_case,
     every_case_with_kernel,
     every_causal_case,
+    every_invariant_case,
     every_model,
+    every_timed_case,
+    every_timed_causal_case,
     first_case,
     gaps,
     loop,
     normal,
+    real,
+    remembered,
+    row,
+    stacked,
     widen,
+    with_continuous,
 )
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lrnnx_core import registry
 from lrnnx_core.registry import Model
@@ -106,15 +121,31 @@ def test_every_way_of_running_is_the_papers_recurrence_in_float64(
 
 @cache
 def at_length(case: Case, length: int) -> tuple[Any, Any, Any, Any]:
-    """Return float32 parameters, input and state, and the dense float64 result for just these."""
+    """Return float32 parameters, input and state, and the float64 result for just these.
+
+    That is the dense one, or where the tests of a model alone have its equations, the plain loop's.
+    """
     params, u = case.params(2, 4, dtype=F32), normal(2, length, 2, dtype=F32)
     state = case.state(params, (2,))
-    return params, u, state, dense(case, params, u, state)
+    if case.entry.name in dense_models.DENSE:
+        return params, u, state, dense(case, params, u, state)
+    wide = {k: v.double() for k, v in params.items()}
+    return params, u, state, case.model.scan(wide, u.double(), widen(state), mode="recurrent")
 
 
-@with_equations
 @in_each_dtype
-@pytest.mark.parametrize("length", [1, 2, 7, 33, 257, LONG])
+@pytest.mark.parametrize(
+    ("case", "length"),
+    [
+        pytest.param(
+            case, length, id=f"{case}-{length}",
+            # where the oracle is a loop of many operations a step
+            marks=pytest.mark.slow if length > 257 and not case.invariant else (),
+        )
+        for case in CASES
+        for length in (1, 2, 7, 33, 257, LONG)
+    ],
+)  # fmt: skip
 def test_every_way_of_running_agrees_at_every_length(
     case: Case, length: int, dtype: torch.dtype
 ) -> None:
@@ -127,7 +158,8 @@ def test_every_way_of_running_agrees_at_every_length(
         # Rounding A_bar alone moves the state of a slow mode by more than 1e-5 (measured: 1.2e-5 at
         # L = 257). A fast way may then be twice as far off as the plain loop in float32 is.
         plain = case.model.scan(params, u, state, mode="recurrent")
-        allowed[1] = max(allowed[1], 2 * error(plain[1], want[1]))
+        off = map(error, remembered(plain[1]), remembered(want[1]))
+        allowed[1] = max(allowed[1], *(2 * e for e in off))
         assert allowed[1] < 5e-5
     for name, way in ways(case, length, loops=length <= 257).items():
         got = way(params, u, state)
@@ -157,7 +189,8 @@ def test_an_empty_batch_is_a_batch(case: Case) -> None:
     for name, way in ways(case, 40).items():
         y, state = way(params, normal(0, 40, 3), case.state(params, (0,)))
         assert y.shape == (0, *full.shape[1:]), name
-        assert state.shape == (0, *last.shape[1:]), name
+        for got, want in zip(tree_leaves(state), tree_leaves(last), strict=True):
+            assert got.shape == (0, *want.shape[1:]), name
 
 
 @every_causal_case
@@ -260,8 +293,8 @@ def test_every_discretization_is_the_papers_recurrence(
 @first_case
 def test_a_scheme_of_ones_own_runs_in_every_function(case: Case) -> None:
     m, params, u = case.model, case.params(), normal(2, 40, 3)
-    if case.entry.discretizations == ("none",):
-        pytest.skip("has no continuous A")
+    if "gbt" not in case.entry.discretizations:
+        pytest.skip("takes no callable")
 
     def backward_euler(A: Tensor, dt_decay: Tensor, dt_input: Tensor) -> tuple[Tensor, Tensor]:
         return 1 / (1 - dt_decay * A), dt_input / (1 - dt_input * A)
@@ -273,9 +306,12 @@ def test_a_scheme_of_ones_own_runs_in_every_function(case: Case) -> None:
     elapsed = gaps(2, 40)
     got = m.scan(params, u, discretization=backward_euler, integration_timesteps=elapsed)
     assert_agree(got, m.scan(params, u, integration_timesteps=elapsed, **name), EXACT)
-    assert_agree(
-        m.kernel(params, 9, discretization=backward_euler), m.kernel(params, 9, **name), EXACT
-    )
+    if m.kernel is not None:
+        kernel = m.kernel(params, 9, discretization=backward_euler)
+        assert_agree(kernel, m.kernel(params, 9, **name), EXACT)
+    given = case.discretized(params)
+    got = m.discretize(*given, discretization=backward_euler)
+    assert_agree(got, m.discretize(*given, **name), EXACT)
     assert_agree(
         loop(m, params, u, discretization=backward_euler), m.scan(params, u, **name), EXACT
     )
@@ -292,27 +328,30 @@ def test_gradients_of_parameters_input_and_both_states_are_right(case: Case, mod
     params = case.params(2, 2, spread=0.3)
     keys, state = list(params), case.state(params)
 
-    def run(u: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        values = list(rest)
-        start = None if state is None else values.pop(0)
-        y, last = case.model.scan(dict(zip(keys, values, strict=True)), u, start, mode=mode)
-        return y, torch.view_as_real(last) if last.is_complex() else last
+    starts = [] if state is None else continuous(state)
 
-    inputs = [normal(4, 2), *([] if state is None else [state]), *params.values()]
-    inputs = tuple(x.detach().requires_grad_() for x in inputs)
+    def run(u: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        start = None if state is None else with_continuous(state, rest[: len(starts)])
+        p = dict(zip(keys, rest[len(starts) :], strict=True))
+        y, last = case.model.scan(p, u, start, mode=mode)
+        return y, *map(real, continuous(last))
+
+    inputs = tuple(x.detach().requires_grad_() for x in (normal(4, 2), *starts, *params.values()))
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
 @every_causal_case
 def test_gradients_of_a_step_are_right(case: Case) -> None:
     params = case.params(2, 2, spread=0.3)
-    keys = list(params)
+    keys, state = list(params), case.state(params)
+    starts = continuous(state)
 
-    def run(u: Tensor, state: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-        y, last = case.model.step(dict(zip(keys, values, strict=True)), u, state)
-        return y, torch.view_as_real(last) if last.is_complex() else last
+    def run(u: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        p = dict(zip(keys, rest[len(starts) :], strict=True))
+        y, last = case.model.step(p, u, with_continuous(state, rest[: len(starts)]))
+        return y, *map(real, continuous(last))
 
-    inputs = (normal(2), case.state(params), *params.values())
+    inputs = (normal(2), *starts, *params.values())
     assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs], fast_mode=True)
 
 
@@ -340,12 +379,12 @@ def documents(
     case: Case,
     params: dict[str, Tensor],
     u: Tensor,
-    state: Tensor | None,
+    state: Any,
     valid: Tensor,
     reset: Tensor | None,
     elapsed: Tensor | None,
     **options: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Any]:
     """Run each document of each row alone, without padding: what layout arguments promise.
 
     A padded sample does not exist: it has no output, no effect, and starts no document.
@@ -355,7 +394,7 @@ def documents(
     y = torch.zeros(*u.shape[:-1], width, dtype=u.dtype)
     finals = []
     for i in range(len(u)):
-        row_state = None if state is None else state[i]
+        row_state = None if state is None else row(state, i)
         zero = case.model.init_state(params)
         last = zero if row_state is None else row_state
         index = valid[i].nonzero()[:, 0].tolist()
@@ -371,7 +410,7 @@ def documents(
             )
             row_state = None if case.bidirectional else last
         finals.append(last)
-    return y, torch.stack(finals)
+    return y, stacked(finals)
 
 
 def holes(batch: int, length: int) -> Tensor:
@@ -407,8 +446,15 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
 }
 
 
-@every_case
-@pytest.mark.parametrize("names", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        pytest.param(case, names, id=f"{case}-{key}")
+        for case in CASES
+        for key, names in LAYOUTS.items()
+        if case.timed or "timesteps" not in names
+    ],
+)
 def test_padding_packing_and_gaps_equal_a_loop_over_bare_documents(
     case: Case, names: tuple[str, ...]
 ) -> None:
@@ -449,9 +495,9 @@ def test_long_padded_rows_equal_the_rows_alone(case: Case, mode: str) -> None:
     u, state = normal(5, 99, 3), case.state(params, (5,))
     y, last = case.model.scan(params, u, state, lengths=torch.tensor(lengths), mode=mode)
     for i, n in enumerate(lengths):
-        own = None if state is None else state[i]
+        own = None if state is None else row(state, i)
         want = case.model.scan(params, u[i, :n], own, mode="recurrent")
-        assert_agree((y[i, :n], last[i]), want, EXACT, f"row {i}")
+        assert_agree((y[i, :n], row(last, i)), want, EXACT, f"row {i}")
         assert not y[i, n:].any()
 
 
@@ -478,12 +524,12 @@ def test_what_stands_in_padding_reaches_nothing(case: Case, layout: str) -> None
                 u = u.detach().requires_grad_()
                 p = {k: v.detach().requires_grad_() for k, v in params.items()}
                 y, last = case.model.scan(p, u, mode=mode, **given)
-                loss = y.square().sum() + last.abs().square().sum()
+                loss = y.square().sum() + sum(t.abs().square().sum() for t in continuous(last))
                 grads = torch.autograd.grad(loss, [u, *p.values()])
-                outputs.append((y, last, *grads))
+                outputs.append((*grads, y, *tree_leaves(last)))
             for a, b in zip(*outputs, strict=True):
                 torch.testing.assert_close(b, a, rtol=0, atol=0, msg=f"{mode} {poison}")
-            assert not outputs[1][2][~valid].any()
+            assert not outputs[1][0][~valid].any()
 
 
 @every_causal_case
@@ -494,27 +540,23 @@ def test_packed_documents_equal_the_documents_alone(case: Case) -> None:
     reset = reset_from_cu_seqlens(cu, 12)
     y, last = m.scan(params, u, reset=reset)
     # every prefix's final state: the states after each sample
-    states = torch.stack([m.scan(params, u[: t + 1], reset=reset[: t + 1])[1] for t in range(12)])
-    finals = gather_final_states(states, cu)
+    states = stacked([m.scan(params, u[: t + 1], reset=reset[: t + 1])[1] for t in range(12)])
+    finals = tree_map(lambda s: gather_final_states(s, cu), states)
     for i, (a, b) in enumerate(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True)):
         want = m.scan(params, u[a:b], mode="recurrent")
-        assert_agree((y[a:b], finals[i]), want, EXACT, f"document {i}")
-    assert_agree(last, states[-1], EXACT)
+        assert_agree((y[a:b], row(finals, i)), want, EXACT, f"document {i}")
+    assert_agree(last, row(states, -1), EXACT)
 
 
 @every_case
 def test_layout_arguments_of_fewer_batch_axes_apply_to_every_row(case: Case) -> None:
     params, u = case.params(), normal(2, 3, 8, 3)
-    mask = torch.arange(8) > 1
-    elapsed, reset = gaps(3, 8), torch.arange(8) == 4
-    got = case.model.scan(
-        params, u, mask=mask, reset=reset, integration_timesteps=elapsed, lengths=torch.tensor(7)
-    )
-    want = case.model.scan(
-        params, u,
-        mask=mask.expand(2, 3, 8), reset=reset.expand(2, 3, 8),
-        integration_timesteps=elapsed.expand(2, 3, 8), lengths=torch.full((2, 3), 7),
-    )  # fmt: skip
+    given = {"mask": torch.arange(8) > 1, "reset": torch.arange(8) == 4}
+    if case.timed:
+        given["integration_timesteps"] = gaps(3, 8)
+    expanded = {k: v.expand(2, 3, 8) for k, v in given.items()}
+    got = case.model.scan(params, u, lengths=torch.tensor(7), **given)
+    want = case.model.scan(params, u, lengths=torch.full((2, 3), 7), **expanded)
     assert_agree(got, want, EXACT)
 
 
@@ -532,7 +574,7 @@ def loop_discrete(
     return torch.stack(ys, dim=-2), state
 
 
-@every_case
+@every_invariant_case
 def test_a_precomputed_discretization_of_irregular_time_runs_forwards_only(case: Case) -> None:
     params, u, elapsed = case.params(), normal(2, 40, 3), gaps(2, 40)
     discrete = case.model.discretize(params, integration_timesteps=elapsed)
@@ -574,30 +616,34 @@ def test_irregular_gaps_are_the_papers_recurrence(case: Case, timestep_mode: str
         assert_agree(got, want, EXACT, "step discrete=")
 
 
-@every_case
+@every_timed_case
 def test_gaps_of_one_are_uniform_time(case: Case) -> None:
     params, u = case.params(), normal(2, 40, 3)
     state = case.state(params, (2,))
     want = case.model.scan(params, u, state)
-    for mode in case.entry.timestep_modes:
+    for mode in case.timestep_modes:
         got = case.model.scan(
             params, u, state, integration_timesteps=torch.ones(40, dtype=F64), timestep_mode=mode
         )
         assert_agree(got, want, EXACT, mode)
 
 
-@every_case
+@pytest.mark.parametrize("case", [c for c in TIMED if c in SCALED], ids=str)
 def test_a_constant_gap_is_dt_scale(case: Case) -> None:
     params, u = case.params(), normal(2, 40, 3)
     state, constant = case.state(params, (2,)), torch.full((40,), 1.7, dtype=F64)
     # the first timestep mode is the model's own: "both" wherever the gain holds a step
     got = case.model.scan(params, u, state, integration_timesteps=constant)
+    alike = case.gap_scales_gain or case.entry.discretizations == ("none",)
     for mode in case.model.modes:
         want = case.model.scan(params, u, state, dt_scale=1.7, mode=mode)
-        assert_agree(got, want, EXACT, mode)
+        if alike:
+            assert_agree(got, want, EXACT, mode)
+        else:  # a gap scales the decay alone, dt_scale the gain as well
+            assert error(got[0], want[0]) > 1e-6, mode
 
 
-@every_causal_case
+@every_timed_causal_case
 def test_state_only_gaps_leave_the_gain_alone(case: Case) -> None:
     if "state_only" not in case.entry.timestep_modes:
         pytest.skip("no state_only")
@@ -609,13 +655,27 @@ def test_state_only_gaps_leave_the_gain_alone(case: Case) -> None:
     assert_agree(case.model.scan(params, u, **options), case.model.scan(params, u), EXACT)
 
 
-@every_causal_case
+@every_timed_case
+def test_decays_over_two_gaps_multiply_if_the_decay_is_exponential(case: Case) -> None:
+    given = case.discretized(case.params())
+    for mode in case.timestep_modes:
+
+        def decay(gap: float, mode: str = mode) -> Tensor:
+            # as many gaps as samples: an input-dependent step stays that of its sample
+            elapsed = torch.full((6,), gap, dtype=F64)
+            options = {"integration_timesteps": elapsed, "timestep_mode": mode}
+            return case.model.discretize(*given, **options)[0]
+
+        deviation = error(decay(0.7) * decay(1.6), decay(2.3))
+        assert deviation <= EXACT if case.exponential else deviation > 1e-6, mode
+
+
+@pytest.mark.parametrize("case", [c for c in CAUSAL if c.invariant], ids=str)
 def test_merging_two_gaps_with_nothing_between_is_exact_for_exponential_decay(case: Case) -> None:
     params, state = case.params(), case.state(case.params())
     u = normal(3, 3)
     apart = torch.stack([u[0], torch.zeros(3, dtype=F64), u[1], u[2]])
-    modes = case.entry.timestep_modes
-    for mode in modes:
+    for mode in case.timestep_modes:
         two = case.model.scan(
             params, apart, state, timestep_mode=mode,
             integration_timesteps=torch.tensor([1.0, 0.7, 1.6, 0.4], dtype=F64),
@@ -643,21 +703,25 @@ def test_merging_two_gaps_with_nothing_between_is_exact_for_exponential_decay(ca
             assert deviation > 1e-6, f"{mode}: {case.scheme} is not exact there"
 
 
-@every_causal_case
+@every_timed_causal_case
 def test_gradients_of_the_gaps_are_right(case: Case) -> None:
     params, u = case.params(2, 2), normal(4, 2)
     elapsed = (gaps(4) + 0.1).requires_grad_()
     zero = torch.zeros(4, dtype=F64).requires_grad_()
 
-    def run(gap: Tensor) -> Tensor:
-        return case.model.scan(params, u, integration_timesteps=gap)[0]
+    def run(gap: Tensor, **options: Any) -> Tensor:
+        return case.model.scan(params, u, integration_timesteps=gap, **options)[0]
 
     assert torch.autograd.gradcheck(run, (elapsed,))
+    if case.gap_scales_gain and case.entry.discretizations == ("none",):
+        # a gain sqrt(1 - a^2) ends at a gap of zero: finite there, right where it has no gap
+        assert torch.autograd.grad(run(zero).sum(), zero)[0].isfinite().all()
+        run = partial(run, timestep_mode="state_only")
     assert torch.autograd.gradcheck(run, (zero,))  # samples at the same time
 
 
 @pytest.mark.parametrize("rate", [2, 3])
-@every_causal_case
+@pytest.mark.parametrize("case", [c for c in CAUSAL if c.invariant], ids=str)
 def test_zoh_at_rate_r_is_zoh_on_the_signal_with_every_sample_repeated(
     case: Case, rate: int
 ) -> None:
@@ -707,18 +771,21 @@ def test_the_output_has_the_inputs_dtype_and_the_state_at_least_float32(
     for name, way in ways(case, 40).items():
         y, last = way(params, u, None)
         assert y.dtype == dtype, name
-        assert last.real.dtype == (F64 if dtype == F64 else F32), name
         assert_agree(y, want[0], rtol, name)
         # the state is not rounded to the activations' dtype
-        assert_agree(last, want[1], case.rtol(F32), name)
+        kept = zip(remembered(last), remembered(want[1]), strict=True)
+        for part, (got, exact) in enumerate(kept):
+            assert got.real.dtype == (F64 if dtype == F64 else F32), name
+            assert_agree(got, exact, case.rtol(F32), f"{name} {part}")
 
 
 @every_case
 def test_float64_parameters_make_float64_of_everything(case: Case) -> None:
     params = case.params(dtype=F64)
     y, last = case.model.scan(params, normal(40, 3, dtype=F32))
-    assert (y.dtype, last.real.dtype) == (F32, F64)
-    assert case.model.init_state(params).real.dtype == F64
+    assert y.dtype == F32
+    for state in (last, case.model.init_state(params)):
+        assert all(t.real.dtype == F64 for t in continuous(state))
     if case.model.kernel is not None:
         assert case.model.kernel(params, 4).dtype == F64
 
@@ -730,13 +797,13 @@ def test_autocast_leaves_parameters_and_states_alone_and_the_result_near(case: C
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for name, way in ways(case, 40).items():
             y, last = way(params, u, None)
-            assert last.real.dtype == F32, name
+            assert all(t.real.dtype == F32 for t in remembered(last)), name
             assert_agree(y, case.model.scan(params, u)[0], 2e-2, name)
         low = torch.nn.functional.linear(u, torch.eye(3))
         assert low.dtype == torch.bfloat16
         y, last = case.model.scan(params, low)
     assert y.dtype == torch.bfloat16
-    assert last.real.dtype == F32
+    assert all(t.real.dtype == F32 for t in remembered(last))
     assert_agree(y, case.model.scan(params, u)[0], 2e-2)
     for k, v in params.items():
         assert v.dtype == F32
@@ -759,7 +826,9 @@ def test_everything_runs_on_the_meta_device(case: Case) -> None:
         for kwargs in ({}, {"lengths": lengths}):
             y, last = m.scan(params, u, state, mode=mode, **kwargs)
             assert (y.shape, y.dtype, y.device.type) == (want.shape, want.dtype, "meta")
-            assert (last.shape, last.dtype) == (want_state.shape, want_state.dtype)
+            for got, wanted in zip(tree_leaves(last), tree_leaves(want_state), strict=True):
+                assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+                assert got.device.type == "meta"
     if not case.bidirectional:
         y, _ = m.step(params, u[:, 0], state)
         assert y.shape == want[:, 0].shape
@@ -799,14 +868,15 @@ def test_strides_do_not_matter(case: Case, kind: str) -> None:
 def test_nothing_given_is_written_to(case: Case) -> None:
     params, u, state = case.params(), normal(BATCH, LENGTH, 3), case.state(case.params(), (BATCH,))
     given = {"lengths": LENGTHS.clone(), "mask": holes(BATCH, LENGTH), "reset": RESET.clone()}
-    elapsed = gaps(BATCH, LENGTH)
-    everything = [*params.values(), u, elapsed, *given.values()]
-    everything += [] if state is None else [state]
+    if case.timed:
+        given["integration_timesteps"] = gaps(BATCH, LENGTH)
+    everything = [*params.values(), u, *given.values()]
+    everything += [] if state is None else tree_leaves(state)
     before = [x.clone() for x in everything]
     keys = list(params)
     for way in ways(case, LENGTH).values():
         way(params, u, state)
-    case.model.scan(params, u, state, integration_timesteps=elapsed, **given)
+    case.model.scan(params, u, state, **given)
     assert list(params) == keys
     for x, old in zip(everything, before, strict=True):
         assert torch.equal(x, old)
@@ -816,8 +886,21 @@ def test_nothing_given_is_written_to(case: Case) -> None:
 def test_running_twice_gives_the_same_bits(case: Case) -> None:
     params, u = case.params(dtype=F32), normal(2, 40, 3, dtype=F32)
     for name, way in ways(case, 40).items():
-        for a, b in zip(way(params, u, None), way(params, u, None), strict=True):
+        first, second = (tree_leaves(way(params, u, None)) for _ in range(2))
+        for a, b in zip(first, second, strict=True):
             assert torch.equal(a, b), name
+
+
+@every_causal_case
+def test_a_state_is_as_large_after_a_long_sequence_as_before_it(case: Case) -> None:
+    params = case.params(dtype=F32)
+    sizes = [t.nbytes for t in tree_leaves(case.model.init_state(params, (2,)))]
+    for length in (0, 1, 300):
+        _, last = case.model.scan(params, normal(2, length, 3, dtype=F32))
+        assert [t.nbytes for t in tree_leaves(last)] == sizes
+        # nor does it keep a view of something that grows with the length
+        held = [t.untyped_storage().nbytes() for t in tree_leaves(last)]
+        assert all(h <= 4 * n + 64 for h, n in zip(held, sizes, strict=True)), length
 
 
 # -------------------------------------------------------------------------------------- bad input
@@ -840,13 +923,20 @@ def test_scan_says_what_came_and_what_was_expected(case: Case) -> None:
     refuses(rf"{name}.scan: u has dtype torch.int64", scan, params, u.long())
     refuses(rf"{name}.scan: u is on meta and the parameters on cpu", scan, params, u.to("meta"))
     bad = m.init_state(params, (3,))
+    # a state is a tensor, or its parts are named: state.h
     refuses(
-        rf"{name}.scan: state \(3, .*\), expected \(2, .*\) for this input", scan, params, u, bad
-    )
-    refuses(rf"{name}.scan: state", scan, params, u, state[..., :-1])
+        rf"{name}.scan: state(\.\w+)? \(3, .*\), expected \(2, .*\) for this input",
+        scan, params, u, bad,
+    )  # fmt: skip
+    for i, part in enumerate(continuous(state)):
+        parts = continuous(state)
+        parts[i] = part[..., :-1]
+        refuses(rf"{name}.scan: state", scan, params, u, with_continuous(state, parts))
+    if isinstance(state, tuple):
+        refuses(rf"{name}.scan: state is a Tensor", scan, params, u, state[0])
     refuses(rf"{name}.scan: mode = 'fast', expected one of", scan, params, u, mode="fast")
-    meta = state.to("meta")
-    refuses(rf"{name}.scan: state is on meta and", scan, params, u, meta)
+    meta = tree_map(lambda t: t.to("meta"), state)
+    refuses(rf"{name}.scan: state(\.\w+)? is on meta and", scan, params, u, meta)
     for key, value, said in (
         ("lengths", torch.ones(3, dtype=torch.long), r"lengths \(3,\) does not fit u \(2, 6, 3\)"),
         ("lengths", torch.ones(2), "lengths has dtype torch.float32, expected an integer"),
@@ -869,6 +959,8 @@ def test_scan_says_what_came_and_what_was_expected(case: Case) -> None:
             {"integration_timesteps": torch.ones(6)},
         ):
             refuses("convolution cannot run with", scan, params, u, mode="conv", **extra)
+    if "discrete" not in registry.options(m, "scan"):
+        return
     discrete = m.discretize(params)
     wrong = (discrete[0][..., :-1], discrete[1])
     refuses(
@@ -920,14 +1012,17 @@ def test_step_says_what_came_and_what_was_expected(case: Case) -> None:
     )
     refuses(rf"{name}.step: u \(\), expected", m.step, params, torch.tensor(1.0), state)
     refuses(rf"{name}.step: u has dtype torch.complex64", m.step, params, u + 0j, state)
-    refuses(rf"{name}.step: state .*expected \(2, ", m.step, params, u, state[0])
+    bad = row(state, 0)
+    refuses(rf"{name}.step: state(\.\w+)? .*expected \(2, ", m.step, params, u, bad)
     refuses(rf"{name}.step: u is on meta", m.step, params, u.to("meta"), state)
-    refuses(rf"{name}.step: state is on meta", m.step, params, u, state.to("meta"))
-    refuses(
-        f"{name}.step: give discrete or integration_timestep",
-        m.step, params, u, state,
-        discrete=m.discretize(params), integration_timestep=torch.ones(2),
-    )  # fmt: skip
+    bad = tree_map(lambda t: t.to("meta"), state)
+    refuses(rf"{name}.step: state(\.\w+)? is on meta", m.step, params, u, bad)
+    if "discrete" in registry.options(m, "step"):
+        refuses(
+            f"{name}.step: give discrete or integration_timestep",
+            m.step, params, u, state,
+            discrete=m.discretize(params), integration_timestep=torch.ones(2),
+        )  # fmt: skip
     refuses(
         "integration_timestep",
         m.step, params, u, state, integration_timestep=torch.ones(2, device="meta"),
@@ -962,7 +1057,7 @@ def test_init_refuses_sizes_and_choices_that_do_not_exist(entry: Model) -> None:
                 8,
                 **{choice: "nothing"},
             )
-    if entry.name != "lru":
+    if known & {"conj_sym", "is_real"}:  # half of each conjugate pair is stored
         refuses(rf"{name}.init: d_state = 7", init, 3, 7)  # odd, with conjugate pairs
     for dtype in (torch.bfloat16, torch.float16):
         assert all(v.dtype == F32 for v in init(3, 8, dtype=dtype).values())
@@ -986,8 +1081,9 @@ def test_bidirectional_models_take_no_state_and_need_their_parameters(case: Case
 def test_unsupported_discretizations_and_alpha_are_refused_by_every_function(entry: Model) -> None:
     params = entry.init(3, 8)
     u, state = torch.randn(6, 3), entry.init_state(params)
+    case = next(c for c in FIRST if c.entry is entry)
     calls: dict[str, tuple[Any, ...]] = {
-        "discretize": (params,),
+        "discretize": case.discretized(params),
         "kernel": (params, 4),
         "scan": (params, u),
         "step": (params, u[0], state),
@@ -1006,3 +1102,39 @@ def test_unsupported_discretizations_and_alpha_are_refused_by_every_function(ent
                 f"{where}: discretization='gbt' needs alpha", f, *arguments, discretization="gbt"
             )
             refuses(f"{where}: alpha belongs to discretization='gbt'", f, *arguments, alpha=0.5)
+
+
+def another(parameter: inspect.Parameter) -> Any:
+    """Return a value of an option that is not its default."""
+    name, default = parameter.name, parameter.default
+    if name.startswith("integration_timestep"):
+        return torch.ones(6 if name.endswith("s") else ())
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, int):
+        return default + 1
+    choices = {"timestep_mode": "state_only", "discretization": "zoh"}
+    choices |= {"init_memory": "upstream", "C_init": "lecun_normal"}
+    return choices.get(name, 0.95)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.variant.without], ids=str)
+def test_options_that_a_configuration_refuses_raise_and_are_not_ignored(case: Case) -> None:
+    m, params = case.model, case.params(dtype=F32)
+    u = torch.randn(6, 3)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "init": (3, 8),
+        "init_state": (params,),
+        "discretize": case.discretized(params),
+        "kernel": (params, 6),
+        "scan": (params, u),
+        "step": (params, u[0], m.init_state(params)),
+    }
+    refused = set()
+    for function, given in arguments.items():
+        for option in registry.options(case.entry, function) & case.variant.without:
+            parameter = inspect.signature(getattr(case.entry, function)).parameters[option]
+            message = rf"{case.entry.name}\.{function}: .*{option.removeprefix('integration_')}"
+            refuses(message, getattr(m, function), *given, **{option: another(parameter)})
+            refused.add(option)
+    assert refused == set(case.variant.without)

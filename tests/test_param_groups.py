@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lrnnx_core import registry
 from lrnnx_nn import (
     LAYERS,
     LRU,
@@ -43,7 +44,8 @@ def test_every_parameter_is_in_one_group(layer: str) -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer_names_its_state_space_parameters(layer: str) -> None:
-    keys = set(LAYERS[layer](4, 4, bidirectional=True).params)
+    variants = [v.init for v in registry.MODELS[layer].variants]
+    keys = {key for init in variants for key in LAYERS[layer](4, 4, **init).params}
     hinted = LAYERS[layer].ssm_parameters  # type: ignore[attr-defined]
     assert hinted
     assert hinted <= keys

@@ -43,6 +43,32 @@ primary_case = pytest.mark.parametrize(
 )
 
 
+# One operator and case compiles every transformation in the ordinary run; the other primary cases
+# those that differ most.
+FIRST = next(case for _, case in op_cases.ALL if case.primary)
+DISTINCT = {"call", "vmap(grad)", "jvp", "hessian", "grad(grad)", "checkpoint"}
+THIRD_ORDER = {
+    "triple backward", "jacfwd(jacfwd(jacfwd))", "jacfwd(hessian)", "jacrev(jacfwd(jacfwd))",
+    "vmap(jacfwd(jacfwd))", "vmap(hessian)",
+}  # fmt: skip
+
+
+def compiled_names(names: Any) -> pytest.MarkDecorator:
+    """Return (case, name) for each, slow but where `FIRST` or `DISTINCT` say so."""
+    return pytest.mark.parametrize(
+        ("case", "name"),
+        [
+            pytest.param(
+                case, name, id=f"{label}-{name}",
+                marks=() if case is FIRST or (case.primary and name in DISTINCT)
+                else pytest.mark.slow,
+            )
+            for label, case in op_cases.ALL
+            for name in names
+        ],
+    )  # fmt: skip
+
+
 def expect_same(transform: table.Transform, reference: table.Transform, case: Case) -> None:
     got = transform(case.real_function(), case.real_inputs())
     table.assert_equal(got, reference(case.real_function("reference"), case.real_inputs()))
@@ -73,8 +99,17 @@ def test_every_public_operator_has_cases() -> None:
         assert len({case.name for case in cases}) == len(cases)
 
 
-@pytest.mark.parametrize("name", table.TRANSFORMS)
-@every_case
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        pytest.param(
+            case, name, id=f"{label}-{name}",
+            marks=pytest.mark.slow if name in THIRD_ORDER and not case.primary else (),
+        )
+        for label, case in op_cases.ALL
+        for name in table.TRANSFORMS
+    ],
+)  # fmt: skip
 def test_transform(case: Case, name: str) -> None:
     expect_same(table.TRANSFORMS[name], table.TRANSFORMS[name], case)
 
@@ -181,7 +216,7 @@ def test_vmap_puts_the_mapped_axis_of_the_outputs_where_out_dims_says(case: Case
         table.assert_equal(got, tuple(y.movedim(0, out_dims) for y in expected))
 
 
-@every_case
+@every_case_primary_first
 def test_gradients_of_vmap_over_every_subset_of_the_arguments(case: Case) -> None:
     x = case.real_inputs()
     for count in range(1, len(x) + 1):
@@ -214,15 +249,13 @@ def test_compiled_function(case: Case, name: str) -> None:
     expect_same(table.compiled_function(transform, "aot_eager"), transform, case)
 
 
-@pytest.mark.parametrize("name", table.COMPILED)
-@every_case_primary_first
+@compiled_names(table.COMPILED)
 def test_compiled_transform(case: Case, name: str) -> None:
     transform = table.TRANSFORMS[name]
     expect_same(table.compiled(transform, "aot_eager"), transform, case)
 
 
-@pytest.mark.parametrize("name", table.COMPILED_OR_RAISES)
-@every_case_primary_first
+@compiled_names(table.COMPILED_OR_RAISES)
 def test_compiled_transform_raises_or_is_right(case: Case, name: str) -> None:
     transform = table.TRANSFORMS[name]
     expect_same_or_raise(table.compiled(transform, "aot_eager"), transform, case)

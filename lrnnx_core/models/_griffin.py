@@ -123,7 +123,6 @@ def logs_and_gate(
     """
     names = ("input_gate", "recurrent_gate")
     weights = torch.cat([params[f"rg_lru.{n}_weight"] for n in names], dim=-1)  # (heads, w, 2 w)
-    biases = torch.cat([params[f"rg_lru.{n}_bias"] for n in names], dim=-1)
     heads, width, _ = weights.shape
     dtype = torch.promote_types(v.dtype, weights.dtype)
     gates = torch.einsum(
@@ -132,8 +131,10 @@ def logs_and_gate(
     with full_precision(v.device):
         Lambda = params["rg_lru.recurrent_param"]
         wide = torch.promote_types(torch.promote_types(dtype, Lambda.dtype), torch.float32)
-        gates = torch.sigmoid(gates.to(wide) + biases.to(wide))
-        gate, r = (g.flatten(-2) for g in gates.chunk(2, dim=-1))
+        gate, r = (
+            torch.sigmoid(g + params[f"rg_lru.{n}_bias"].to(wide)).flatten(-2)
+            for n, g in zip(names, gates.to(wide).chunk(2, dim=-1), strict=True)
+        )
         rate = torch.nn.functional.softplus(Lambda.to(wide)) * options.c * options.dt_scale
         log_a = -rate * r
         if timesteps is None:

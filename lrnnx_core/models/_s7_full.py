@@ -66,6 +66,10 @@ def init(
             f"s7.init: abar_min = {abar_min}, abar_max = {abar_max}, expected 0 <= abar_min <= "
             "abar_max < 1"
         )
+    if init_memory == "upstream":
+        for name, value, default in (("abar_min", abar_min, 0.9), ("abar_max", abar_max, 0.999)):
+            if isinstance(value, Tensor) or value != default:
+                raise ValueError(f"s7.init: {name} belongs to init_memory='log'")
     rows = 2 * d_state + 2 * d_model * d_state + d_model
     grid = draw.tensor(torch.arange(d_state, dtype=torch.float64, device="cpu"))
     if init_memory == "log":

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lrnnx_core.models._common import check_choice
+from lrnnx_core.models._common import check_choice, check_keys
 from lrnnx_core.models._projected import check_parts, linear, rms_norm
 from lrnnx_core.ops.causal_conv1d import causal_conv1d
 from lrnnx_core.ops.selective_scan import selective_scan
@@ -100,6 +100,8 @@ def steps_and_matrices(
     parts = linear(params, "x_proj", v).split([rank, states, states], dim=-1)
     if inner_norm != "none":
         names = ("dt_layernorm.weight", "b_layernorm.weight", "c_layernorm.weight")
+        if inner_norm == "learned":
+            check_keys("mamba", params, names, "make them with init(inner_norm='learned')")
         weights = [params[n] if inner_norm == "learned" else None for n in names]
         parts = [rms_norm(p, w, 1e-6) for p, w in zip(parts, weights, strict=True)]
     r, B, C = parts

@@ -22,7 +22,7 @@ from torch import Tensor
 from lrnnx_core import initialize
 from lrnnx_core.discretize import resolve
 from lrnnx_core.models import _projected, _selective
-from lrnnx_core.models._common import check_choice, check_input, check_sizes
+from lrnnx_core.models._common import check_choice, check_input, check_sizes, check_timestep
 from lrnnx_core.models._selective import DISCRETIZATIONS, MODES, InnerNorm, State
 from lrnnx_core.sequences import Layout, layout
 from lrnnx_core.types import Discrete, Discretization, Mode, Number, Params, Scheme, TimestepMode
@@ -81,11 +81,7 @@ def init(
 
     Source: Gu & Dao 2023, section 3.6; the reference implementation's defaults.
     """
-    check_sizes("mamba.init", d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand)
-    check_choice("mamba.init", "dt_init", dt_init, ("random", "constant"))
-    check_choice("mamba.init", "inner_norm", inner_norm, ("none", "rms", "learned"))
-    rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
-    check_sizes("mamba.init", dt_rank=rank)
+    rank = rank_of("mamba.init", d_model, d_state, d_conv, expand, dt_rank, dt_init, inner_norm)
     width = expand * d_model
     draw = initialize.Drawer(generator, device, dtype).resolved()
     ones = torch.ones(width, rank, device=draw.device, dtype=draw.dtype)
@@ -169,6 +165,9 @@ def discretize(
     function = scheme_of("mamba.discretize", discretization, timestep_mode, alpha)
     if discretization == "async":
         timestep_mode = "state_only"
+    D = params["D"]
+    check_input("mamba.discretize", v, len(D), D, rank=2, shape="v (..., L, E), E in place of H,")
+    layout("mamba.discretize", v, integration_timesteps=integration_timesteps)
     raw, B, _ = _selective.steps_and_matrices(params, v, inner_norm)
     delta = torch.nn.functional.softplus(raw + params["dt_proj.bias"]) * dt_scale
     tau = 1.0 if integration_timesteps is None else integration_timesteps.unsqueeze(-1)
@@ -221,23 +220,14 @@ def scan(
 
     Source: Gu & Dao 2023, section 3.4 and algorithm 2.
     """
-    weight = params["in_proj.weight"]
-    check_input("mamba.scan", u, weight.shape[1], weight, rank=2, shape="(..., L, H)")
-    seq = layout(
-        "mamba.scan", u, lengths=lengths, mask=mask, reset=reset,
-        integration_timesteps=integration_timesteps,
-    )  # fmt: skip
     options = options_of(
         "mamba.scan", discretization, timestep_mode, alpha, dt_scale, inner_norm, mode
     )
-
-    def body(x: Tensor, seq: Layout) -> tuple[Tensor, State]:
-        xz = _projected.linear(params, "in_proj", x)
-        y, new = _selective.inner("mamba.scan", params, xz, state, seq, options)
-        return _projected.linear(params, "out_proj", y), new
-
-    y, new = _projected.around_padding(u, seq, body)
-    return y.to(u.dtype), new
+    sequence = {"lengths": lengths, "mask": mask, "reset": reset}
+    return run(
+        "mamba.scan", params, u, state, options, integration_timesteps=integration_timesteps,
+        **sequence,
+    )  # fmt: skip
 
 
 def step(
@@ -271,12 +261,69 @@ def step(
     Raises:
         ValueError: as `scan`.
     """
-    gaps = None if integration_timestep is None else integration_timestep.unsqueeze(-1)
-    y, new = scan(
-        params, u_t.unsqueeze(-2), state, integration_timesteps=gaps, timestep_mode=timestep_mode,
-        discretization=discretization, alpha=alpha, dt_scale=dt_scale, inner_norm=inner_norm,
-    )  # fmt: skip
+    options = options_of(
+        "mamba.step", discretization, timestep_mode, alpha, dt_scale, inner_norm, "auto"
+    )
+    return run_step("mamba.step", params, u_t, state, integration_timestep, options)
+
+
+def run(
+    where: str,
+    params: Params,
+    u: Tensor,
+    state: State | None,
+    options: _selective.Options,
+    **sequence: Tensor | None,
+) -> tuple[Tensor, State]:
+    """Run the block over a sequence; STREAM's too, which differs in its parameters."""
+    if "dtA_bias" in params and not where.startswith("stream"):
+        raise ValueError(f"{where}: params have dtA_bias, they are STREAM's; use stream.scan")
+    weight = params["in_proj.weight"]
+    check_input(where, u, weight.shape[1], weight, rank=2, shape="(..., L, H)")
+
+    def body(x: Tensor, seq: Layout) -> tuple[Tensor, State]:
+        xz = _projected.linear(params, "in_proj", x)
+        y, new = _selective.inner(where, params, xz, state, seq, options)
+        return _projected.linear(params, "out_proj", y), new
+
+    y, new = _projected.around_padding(u, layout(where, u, **sequence), body)
+    return y.to(u.dtype), new
+
+
+def run_step(
+    where: str,
+    params: Params,
+    u_t: Tensor,
+    state: State,
+    timestep: Tensor | None,
+    options: _selective.Options,
+) -> tuple[Tensor, State]:
+    """Take one step as a sequence of one sample."""
+    weight = params["in_proj.weight"]
+    check_input(where, u_t, weight.shape[1], weight, rank=1, shape="(..., H)")
+    check_timestep(where, timestep, u_t)
+    gaps = None if timestep is None else timestep.unsqueeze(-1)
+    y, new = run(where, params, u_t.unsqueeze(-2), state, options, integration_timesteps=gaps)
     return y.squeeze(-2), new
+
+
+def rank_of(
+    where: str,
+    d_model: int,
+    d_state: int,
+    d_conv: int,
+    expand: int,
+    dt_rank: int | None,
+    dt_init: str,
+    inner_norm: str,
+) -> int:
+    """Check the sizes and choices of `init`; return the rank R of the step's projection."""
+    check_sizes(where, d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand)
+    check_choice(where, "dt_init", dt_init, ("random", "constant"))
+    check_choice(where, "inner_norm", inner_norm, ("none", "rms", "learned"))
+    rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
+    check_sizes(where, dt_rank=rank)
+    return rank
 
 
 def options_of(

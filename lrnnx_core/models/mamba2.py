@@ -222,24 +222,15 @@ def scan(
 
     Source: Dao & Gu 2024, sections 6 and 7.
     """
-    where, weight = "mamba2.scan", params["in_proj.weight"]
-    check_input(where, u, weight.shape[1], weight, rank=2, shape="(..., L, H)")
-    seq = layout(
-        where, u, lengths=lengths, mask=mask, reset=reset,
-        integration_timesteps=integration_timesteps,
-    )  # fmt: skip
     options = _ssd.options_of(
-        where, discretization, timestep_mode, dt_scale, dt_limit, n_groups, norm_before_gate, mode,
-        chunk_size,
+        "mamba2.scan", discretization, timestep_mode, dt_scale, dt_limit, n_groups,
+        norm_before_gate, mode, chunk_size,
     )  # fmt: skip
-
-    def body(x: Tensor, seq: Layout) -> tuple[Tensor, State]:
-        parts = _projected.linear(params, "in_proj", x)
-        y, new = _ssd.inner(where, params, parts, state, seq, options)
-        return _projected.linear(params, "out_proj", y), new
-
-    y, new = _projected.around_padding(u, seq, body)
-    return y.to(u.dtype), new
+    sequence = {"lengths": lengths, "mask": mask, "reset": reset}
+    return _run(
+        "mamba2.scan", params, u, state, options, integration_timesteps=integration_timesteps,
+        **sequence,
+    )  # fmt: skip
 
 
 def step(
@@ -275,11 +266,33 @@ def step(
     Raises:
         ValueError: as `scan`.
     """
-    check_timestep("mamba2.step", integration_timestep, u_t)
-    gaps = None if integration_timestep is None else integration_timestep.unsqueeze(-1)
-    y, new = scan(
-        params, u_t.unsqueeze(-2), state, integration_timesteps=gaps, timestep_mode=timestep_mode,
-        discretization=discretization, dt_scale=dt_scale, dt_limit=dt_limit, n_groups=n_groups,
-        norm_before_gate=norm_before_gate,
+    where, weight = "mamba2.step", params["in_proj.weight"]
+    check_input(where, u_t, weight.shape[1], weight, rank=1, shape="(..., H)")
+    check_timestep(where, integration_timestep, u_t)
+    options = _ssd.options_of(
+        where, discretization, timestep_mode, dt_scale, dt_limit, n_groups, norm_before_gate,
+        "auto", 64,
     )  # fmt: skip
+    gaps = None if integration_timestep is None else integration_timestep.unsqueeze(-1)
+    y, new = _run(where, params, u_t.unsqueeze(-2), state, options, integration_timesteps=gaps)
     return y.squeeze(-2), new
+
+
+def _run(
+    where: str,
+    params: Params,
+    u: Tensor,
+    state: State | None,
+    options: _ssd.Options,
+    **sequence: Tensor | None,
+) -> tuple[Tensor, State]:
+    weight = params["in_proj.weight"]
+    check_input(where, u, weight.shape[1], weight, rank=2, shape="(..., L, H)")
+
+    def body(x: Tensor, seq: Layout) -> tuple[Tensor, State]:
+        parts = _projected.linear(params, "in_proj", x)
+        y, new = _ssd.inner(where, params, parts, state, seq, options)
+        return _projected.linear(params, "out_proj", y), new
+
+    y, new = _projected.around_padding(u, layout(where, u, **sequence), body)
+    return y.to(u.dtype), new

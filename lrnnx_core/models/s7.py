@@ -251,6 +251,8 @@ def scan(
     )  # fmt: skip
     check_choice(where, "mode", mode, MODES)
     check_sizes(where, chunk_size=chunk_size)
+    if variant == "delta":
+        _unused(where, "full", chunk_size=(chunk_size, _s7_full.CHUNK_SIZE))
     seq = _layout(
         where, params, u, lengths=lengths, mask=mask, reset=reset,
         integration_timesteps=integration_timesteps,
@@ -361,8 +363,8 @@ def _options(
             "be negative and has no power for a gap; use variant='delta'"
         )
     _unused(
-        where, "delta", alpha=(alpha, None), dt_scale=(dt_scale, 1.0), conj_sym=(conj_sym, True),
-        clip_eigs=(clip_eigs, False),
+        where, "delta", timestep_mode=(timestep_mode, "both"), alpha=(alpha, None),
+        dt_scale=(dt_scale, 1.0), conj_sym=(conj_sym, True), clip_eigs=(clip_eigs, False),
     )  # fmt: skip
     return None
 

@@ -73,9 +73,14 @@ def init(
 
     Raises:
         ValueError: a size < 1, or an unknown choice.
+
+    Source: Schoene et al. 2024; for what Mamba has too, Gu & Dao 2023, section 3.6.
     """
+    rank = mamba.rank_of(
+        "stream.init", d_model, d_state, d_conv, expand, dt_rank, dt_init, inner_norm
+    )
     params = mamba.init(
-        d_model, d_state, d_conv=d_conv, expand=expand, dt_rank=dt_rank, dt_init=dt_init,
+        d_model, d_state, d_conv=d_conv, expand=expand, dt_rank=rank, dt_init=dt_init,
         dt_init_scale=dt_init_scale, dt_min=dt_min, dt_max=dt_max, dt_floor=dt_floor,
         conv_bias=conv_bias, bias=bias, inner_norm=inner_norm, generator=generator, device=device,
         dtype=dtype,
@@ -88,7 +93,13 @@ def init(
 def init_state(
     params: Params, batch_shape: Sequence[int] = (), *, dtype: torch.dtype | None = None
 ) -> State:
-    """Return the zero state; see `lrnnx_core.mamba.init_state`."""
+    """Return the zero state: conv (*batch_shape, K - 1, E) and h (*batch_shape, E, N).
+
+    Args:
+        params: from `init`.
+        batch_shape: leading dimensions.
+        dtype: of the activations, and so of conv; h is at least float32.
+    """
     return mamba.init_state(params, batch_shape, dtype=dtype)
 
 
@@ -116,8 +127,9 @@ def discretize(
         inner_norm: as in `init`.
 
     Raises:
-        ValueError: an unknown choice.
+        ValueError: an unknown choice; params without dtA_bias.
     """
+    _check_params("stream.discretize", params)
     check_choice("stream.discretize", "timestep_mode", timestep_mode, ("state_only",))
     scheme = mamba.scheme_of("stream.discretize", discretization, timestep_mode, alpha)
     raw, B, _ = _selective.steps_and_matrices(params, v, inner_norm)
@@ -169,14 +181,16 @@ def scan(
 
     Raises:
         ValueError: as `lrnnx_core.mamba.scan`; params without dtA_bias.
+
+    Source: Schoene et al. 2024, arXiv:2411.12603.
     """
-    check_choice("stream.scan", "timestep_mode", timestep_mode, ("state_only",))
-    if "dtA_bias" not in params:
-        raise ValueError("stream.scan: params have no dtA_bias; make them with stream.init")
-    return mamba.scan(
-        params, u, state, integration_timesteps=integration_timesteps, timestep_mode=timestep_mode,
-        lengths=lengths, mask=mask, reset=reset, discretization=discretization, alpha=alpha,
-        dt_scale=dt_scale, inner_norm=inner_norm, mode=mode,
+    options = _options(
+        "stream.scan", params, discretization, timestep_mode, alpha, dt_scale, inner_norm, mode
+    )
+    sequence = {"lengths": lengths, "mask": mask, "reset": reset}
+    return mamba.run(
+        "stream.scan", params, u, state, options, integration_timesteps=integration_timesteps,
+        **sequence,
     )  # fmt: skip
 
 
@@ -211,9 +225,28 @@ def step(
     Raises:
         ValueError: as `scan`.
     """
-    gaps = None if integration_timestep is None else integration_timestep.unsqueeze(-1)
-    y, new = scan(
-        params, u_t.unsqueeze(-2), state, integration_timesteps=gaps, timestep_mode=timestep_mode,
-        discretization=discretization, alpha=alpha, dt_scale=dt_scale, inner_norm=inner_norm,
-    )  # fmt: skip
-    return y.squeeze(-2), new
+    options = _options(
+        "stream.step", params, discretization, timestep_mode, alpha, dt_scale, inner_norm, "auto"
+    )
+    return mamba.run_step("stream.step", params, u_t, state, integration_timestep, options)
+
+
+def _options(
+    where: str,
+    params: Params,
+    discretization: Discretization | None,
+    timestep_mode: Literal["state_only"],
+    alpha: Number | None,
+    dt_scale: Number,
+    inner_norm: InnerNorm,
+    mode: Mode,
+) -> _selective.Options:
+    """Check parameters and choices of a call and bundle the choices."""
+    check_choice(where, "timestep_mode", timestep_mode, ("state_only",))
+    _check_params(where, params)
+    return mamba.options_of(where, discretization, timestep_mode, alpha, dt_scale, inner_norm, mode)
+
+
+def _check_params(where: str, params: Params) -> None:
+    if "dtA_bias" not in params:
+        raise ValueError(f"{where}: params have no dtA_bias; make them with stream.init")

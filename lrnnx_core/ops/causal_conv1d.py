@@ -38,11 +38,13 @@ def causal_conv1d(
         K.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation, integer or complex x.
+        ValueError: shapes or dtypes that do not fit, an unknown activation, tensors on different
+            devices.
 
     Source: Gu & Dao 2023 (Mamba), arXiv:2312.00752, section 3.4 (the block).
     """
     taps = _check(x, weight, bias, tail, activation)
+    _check_layout(x, reset, lengths)
     lengths = None if lengths is None else lengths.expand(x.shape[:-2])
     length, width = x.shape[-2:]
     before = x.new_zeros(*x.shape[:-2], taps - 1, width) if tail is None else tail.to(x.dtype)
@@ -66,7 +68,8 @@ def causal_conv1d(
         last = seen[..., end:] if isinstance(end, int) else seen.gather(-1, end)
         past = torch.where((seen == last).unsqueeze(-1), past, torch.zeros_like(past))
     if lengths is None:
-        return y.to(x.dtype), past.narrow(-2, length, taps - 1)
+        # a copy: as a view the state would keep the whole sequence in memory
+        return y.to(x.dtype), past.narrow(-2, length, taps - 1).clone()
     index = lengths.unsqueeze(-1) + torch.arange(taps - 1, device=x.device)
     return y.to(x.dtype), past.gather(-2, index.unsqueeze(-1).expand(*index.shape, width))
 
@@ -94,3 +97,22 @@ def _check(
         if value is not None and value.device != x.device:
             raise ValueError(f"causal_conv1d: {name} is on {value.device} and x on {x.device}")
     return taps
+
+
+def _check_layout(x: Tensor, reset: Tensor | None, lengths: Tensor | None) -> None:
+    """Raise unless reset and lengths broadcast to x's samples and rows, on its device."""
+    given = {"reset": (reset, x.shape[:-1]), "lengths": (lengths, x.shape[:-2])}
+    for name, (value, shape) in given.items():
+        if value is None:
+            continue
+        pairs = zip(reversed(value.shape), reversed(shape), strict=False)
+        if value.ndim > len(shape) or any(have not in (1, want) for have, want in pairs):
+            raise ValueError(
+                f"causal_conv1d: {name} {tuple(value.shape)}, expected {tuple(shape)} or what "
+                "broadcasts to it"
+            )
+        counts = not value.is_floating_point() and value.dtype != torch.bool
+        if not (value.dtype == torch.bool if name == "reset" else counts):
+            raise ValueError(f"causal_conv1d: {name} has dtype {value.dtype}")
+        if value.device != x.device:
+            raise ValueError(f"causal_conv1d: {name} is on {value.device} and x on {x.device}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -42,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return importlib.import_module(f"lrnnx_nn.cli.{arguments.module}").run(arguments)
+    except BrokenPipeError:
+        # The reader has gone (`lrnnx models | head`): no error of ours, and nothing more to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("lrnnx: interrupted", file=sys.stderr)
         return INTERRUPTED

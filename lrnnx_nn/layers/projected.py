@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lrnnx_core.backends.transforms import autocasting
+from lrnnx_core.models._common import check_input
 from lrnnx_core.models._projected import around_padding
 from lrnnx_core.sequences import Layout, layout
 from lrnnx_core.types import Params
@@ -69,8 +69,5 @@ class ProjectedLayer(Layer):
         return y.squeeze(-2), new
 
     def _check_width(self, u: Tensor) -> None:
-        if u.ndim < 2 or u.shape[-1] != self.d_model or not torch.is_floating_point(u):
-            raise ValueError(
-                f"{type(self).__name__}: u {tuple(u.shape)} {u.dtype}, expected real (..., L, H) "
-                f"with H = {self.d_model}"
-            )
+        like = next(iter(self._inner_params().values()))
+        check_input(type(self).__name__, u, self.d_model, like, rank=2, shape="(..., L, H)")
