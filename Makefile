@@ -6,8 +6,8 @@ JOBS ?= 2
 ARGS ?=
 
 BIN := $(VENV)/bin
-FAST := not slow and not cuda and not compile
-SLOW := (slow or compile) and not cuda
+FAST := not slow and not cuda and not compile and not exhaustive
+SLOW := (slow or compile) and not cuda and not exhaustive
 # One BLAS/OpenMP thread per test process: the processes themselves fill the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 NOTEBOOK_SECONDS ?= 300
@@ -15,7 +15,7 @@ TIMEOUT := $(if $(shell command -v timeout),timeout $(NOTEBOOK_SECONDS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test slow lint format types docs notebooks wheel setup clean
+.PHONY: help demo test slow exhaustive lint format types docs notebooks wheel setup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,9 @@ test: $(VENV)/.installed-dev ## set up, then run every quick test (ARGS="-k scan
 
 slow: $(VENV)/.installed-dev ## the tests marked slow or compile
 	$(PYTEST) -m "$(SLOW)" $(ARGS)
+
+exhaustive: $(VENV)/.installed-dev ## every combination of model, operator and transform; half an hour
+	$(PYTEST) -m "exhaustive and not cuda" $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff (format and rules), pyright, import-linter
 	$(BIN)/ruff format --check .

@@ -158,8 +158,11 @@ ONE_A_KIND = list(KINDS.values())
 
 
 def first_quick(cases: Sequence[Case], quick: Sequence[Case] = FIRST) -> list[Any]:
-    """Return the cases as parameters, those that are not ``quick`` marked slow."""
-    return [pytest.param(c, id=str(c), marks=() if c in quick else pytest.mark.slow) for c in cases]
+    """Return the cases as parameters, those that are not ``quick`` marked exhaustive."""
+    return [
+        pytest.param(c, id=str(c), marks=() if c in quick else pytest.mark.exhaustive)
+        for c in cases
+    ]
 
 
 # For compilation, which takes seconds: the other variants run in CI.

@@ -61,7 +61,7 @@ every_mode_if_cheap = pytest.mark.parametrize(
 one_a_kind = pytest.mark.parametrize(
     ("case", "mode"),
     [
-        pytest.param(c, m, id=f"{c}-{m}", marks=() if c in ONE_A_KIND else pytest.mark.slow)
+        pytest.param(c, m, id=f"{c}-{m}", marks=() if c in ONE_A_KIND else pytest.mark.exhaustive)
         for c in CASES
         for m in modes(c)
     ],
@@ -69,7 +69,7 @@ one_a_kind = pytest.mark.parametrize(
 first_variants = pytest.mark.parametrize(
     ("case", "mode"),
     [
-        pytest.param(c, m, id=f"{c}-{m}", marks=() if c in FIRST else pytest.mark.slow)
+        pytest.param(c, m, id=f"{c}-{m}", marks=() if c in FIRST else pytest.mark.exhaustive)
         for c in CASES
         for m in modes(c)
     ],

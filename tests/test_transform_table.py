@@ -34,7 +34,7 @@ every_case = pytest.mark.parametrize("case", [pytest.param(c, id=name) for name,
 every_case_primary_first = pytest.mark.parametrize(
     "case",
     [
-        pytest.param(c, id=name, marks=() if c.primary else pytest.mark.slow)
+        pytest.param(c, id=name, marks=() if c.primary else pytest.mark.exhaustive)
         for name, c in op_cases.ALL
     ],
 )
@@ -54,14 +54,19 @@ THIRD_ORDER = {
 
 
 def compiled_names(names: Any) -> pytest.MarkDecorator:
-    """Return (case, name) for each, slow but where `FIRST` or `DISTINCT` say so."""
+    """Return (case, name) for each: quick by `FIRST` and `DISTINCT`, else primary cases slow."""
+
+    def marks(case: Case, name: str) -> Any:
+        if case is FIRST or (case.primary and name in DISTINCT):
+            return ()
+        return pytest.mark.slow if case.primary else pytest.mark.exhaustive
+
     return pytest.mark.parametrize(
         ("case", "name"),
         [
             pytest.param(
                 case, name, id=f"{label}-{name}",
-                marks=() if case is FIRST or (case.primary and name in DISTINCT)
-                else pytest.mark.slow,
+                marks=marks(case, name),
             )
             for label, case in op_cases.ALL
             for name in names
@@ -104,7 +109,7 @@ def test_every_public_operator_has_cases() -> None:
     [
         pytest.param(
             case, name, id=f"{label}-{name}",
-            marks=pytest.mark.slow if name in THIRD_ORDER and not case.primary else (),
+            marks=pytest.mark.exhaustive if name in THIRD_ORDER and not case.primary else (),
         )
         for label, case in op_cases.ALL
         for name in table.TRANSFORMS
