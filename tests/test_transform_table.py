@@ -24,6 +24,7 @@ from op_cases import Case
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lrnnx_core import ops
 
@@ -59,7 +60,9 @@ def compiled_names(names: Any) -> pytest.MarkDecorator:
     def marks(case: Case, name: str) -> Any:
         if case is FIRST or (case.primary and name in DISTINCT):
             return ()
-        return pytest.mark.slow if case.primary else pytest.mark.exhaustive
+        # An error inside torch.compile may leave the process damaged: few of those in one run.
+        dear = not case.primary or name in table.COMPILED_OR_RAISES
+        return pytest.mark.exhaustive if dear else pytest.mark.slow
 
     return pytest.mark.parametrize(
         ("case", "name"),
@@ -278,9 +281,29 @@ def test_inductor_function(case: Case, name: str) -> None:
 @pytest.mark.filterwarnings("ignore:`torch._prims_common.check`:FutureWarning")  # inductor's own
 @pytest.mark.parametrize("name", table.COMPILED)
 @primary_case
-def test_inductor_transform(case: Case, name: str) -> None:
+def test_inductor_transform(case: Case, name: str, request: pytest.FixtureRequest) -> None:
+    if case in op_cases.CASES["causal_convolution"] and name == "hessian":
+        # PyTorch 2.13: the same function written with torch.fft alone is wrong there too, without
+        # a word (test below). Strict: this fails once PyTorch is mended.
+        request.applymarker(pytest.mark.xfail(reason="inductor miscompiles Hessians of an rfft"))
     transform = table.TRANSFORMS[name]
     expect_same(table.compiled(transform, "inductor"), transform, case)
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check`:FutureWarning")
+def test_inductor_still_miscompiles_the_hessian_of_a_plain_fft() -> None:
+    """No code of this library: when this fails, the mark above and the docs' limit can go."""
+
+    def convolve(u: Tensor, k: Tensor) -> Tensor:
+        product = torch.fft.rfft(u, 10, dim=-2) * torch.fft.rfft(k, 10, dim=-2)
+        return torch.fft.irfft(product, 10, dim=-2)[:5].sin().sum()
+
+    points = op_cases.draw(5, 2, seed=1), op_cases.draw(5, 2, seed=2)
+    eager = torch.func.hessian(convolve, (0, 1))
+    compiled = torch.compile(eager, fullgraph=True, backend="inductor")(*points)
+    pairs = zip(tree_leaves(compiled), tree_leaves(eager(*points)), strict=True)
+    assert any(not torch.allclose(a, b) for a, b in pairs)
 
 
 @primary_case
