@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrnnx_core.models._common import check_choice, check_device, full_precision
+from lrnnx_core.models._common import check_choice, full_precision
 from lrnnx_core.models._projected import check_parts
 from lrnnx_core.ops.causal_conv1d import causal_conv1d
 from lrnnx_core.ops.guarded_sqrt import guarded_sqrt
@@ -192,7 +192,5 @@ def _check(where: str, params: Params, x: Tensor, y: Tensor, state: State | None
     conv, h = state_shapes(params)
     shapes = {"conv": (*batch, *conv), "h": (*batch, *h), "started": tuple(batch)}
     check_parts(where, state, State, shapes, x)
-    for name, value in state._asdict().items():
-        check_device(where, f"state.{name}", value, x)
     if state.started.dtype != torch.bool:
         raise ValueError(f"{where}: state.started has dtype {state.started.dtype}, expected bool")

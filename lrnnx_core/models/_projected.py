@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lrnnx_core import initialize
 from lrnnx_core.backends.transforms import autocasting
+from lrnnx_core.models._common import check_device
 from lrnnx_core.sequences import Compaction, Layout
 from lrnnx_core.types import Number, Params
 
@@ -95,5 +96,4 @@ def check_parts(
             raise ValueError(
                 f"{where}: state.{name} {tuple(part.shape)}, expected {shape} for this input"
             )
-        if part.device != like.device:
-            raise ValueError(f"{where}: state.{name} is on {part.device} and u on {like.device}")
+        check_device(where, f"state.{name}", part, like)
