@@ -188,7 +188,7 @@ def test_ctrl_c_before_anything_is_130(
     ("arguments", "message"),
     [
         (["--layer", "lstm"], "unknown model 'lstm'; expected one of"),
-        (["--dataset", "NoSuchSet"], "neither a set that aeon ships .* JapaneseVowels"),
+        (["--dataset", "NoSuchSet"], "neither a set that ships .* JapaneseVowels"),
         (["--dataset", "FordA"], "nothing is downloaded"),
         (["--dataset", "none.npz"], "none.npz: no such file"),
         (["--epochs", "0"], "epochs = 0, expected an integer >= 1"),

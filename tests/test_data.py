@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from lrnnx_nn.data import bundled_names, load_dataset, statistics, stratified_split
 from lrnnx_nn.data.dataset import Sequences
@@ -55,6 +56,18 @@ def test_other_bundled_sets(name: str) -> None:
     assert int(data.test.y.max()) == len(data.classes) - 1
 
 
+def test_digits_are_read_row_by_row() -> None:
+    data = load_dataset("Digits")
+    assert (data.name, data.split, data.channels, len(data.classes)) == ("digits", "carved", 1, 10)
+    assert (len(data.train), len(data.test)) == (1258, 539)
+    assert bool((data.train.lengths == 64).all())
+    images = load_digits().images.reshape(-1, 64)
+    rows = torch.cat([data.train.x, data.test.x])[..., 0].numpy()
+    assert sorted(map(tuple, rows)) == sorted(map(tuple, images))
+    zeros = np.bincount(data.test.y.numpy()) / np.bincount(load_digits().target)
+    np.testing.assert_allclose(zeros, 0.3, atol=0.01)  # of every class
+
+
 def test_every_bundled_name_is_a_classification_set() -> None:
     names = bundled_names()
     assert "JapaneseVowels" in names
@@ -62,7 +75,7 @@ def test_every_bundled_name_is_a_classification_set() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"neither a set that aeon ships .* JapaneseVowels"):
+    with pytest.raises(ValueError, match=r"neither a set that ships .* JapaneseVowels"):
         load_dataset("JapaneseVowel")
     with pytest.raises(ValueError, match=r"nothing is downloaded .* BasicMotions"):
         load_dataset("FordA")

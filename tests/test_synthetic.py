@@ -31,6 +31,28 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def test_copying_asks_for_every_bit_of_the_patterns_in_order():
+    batch = tasks.copying(200, generator(), length=6, wait=3)
+    assert batch.tokens.shape == (200, 15)
+    for row, labels in zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True):
+        assert row[6:] == [tasks.WAIT] * 3 + [tasks.RECALL] * 6
+        written = [int(bit) for token in row[:6] for bit in reversed(f"{token:07b}")]
+        assert labels == written
+    assert batch.tokens[:, :6].unique().tolist() == list(range(2**tasks.PATTERN_BITS))
+
+
+def test_a_network_reads_bits_and_answers_each():
+    task = tasks.TASKS["copying"]
+    network = Network(task, "lru", dataclasses.replace(RECIPES["copying"], d_model=8))
+    batch = tasks.copying(3, generator(), length=4, wait=2)
+    assert network(batch.tokens, batch.labels.shape[-1]).shape == (3, 28, 2)
+    embedded = network.embedding(torch.tensor([0, 1, 3, tasks.WAIT, tasks.RECALL]))
+    weight, bias = network.embedding.linear.weight, network.embedding.linear.bias
+    torch.testing.assert_close(embedded[0], bias - weight.sum(1))
+    torch.testing.assert_close(embedded[2] - embedded[1], 2 * weight[:, 1])
+    torch.testing.assert_close(embedded[3:], network.embedding.signal.weight)
+
+
 def test_selective_copying_asks_for_what_is_not_noise_in_order():
     batch = tasks.selective_copying(200, generator(), length=20, copied=3)
     assert batch.tokens.shape == (200, 23)

@@ -1,4 +1,4 @@
-"""Three tasks that need selection, recall and a sense of time, as pure functions of a generator.
+"""Four tasks of memory, selection, recall and a sense of time, as functions of a generator.
 
 A task draws sequences of tokens and the labels of their last M positions; `event_timing` also the
 time elapsed before each event. Fresh sequences can be drawn for ever, so that nothing is learned by
@@ -36,13 +36,39 @@ class Task(NamedTuple):
     title: str
     timesteps: bool = False
     """Whether the network is given `Batch.gaps`."""
+    bits: int = 0
+    """If not 0, tokens are numbers of so many bits (higher ones are signals), read bit by bit, and
+    the answer at each of the last positions is as many labels, one a bit."""
 
 
+PATTERN_BITS = 7
+WAIT, RECALL = 2**PATTERN_BITS, 2**PATTERN_BITS + 1
 COPY_VOCABULARY, INDUCTION_VOCABULARY = 10, 16
 NOISE, MARKER = 0, COPY_VOCABULARY - 1
 TRIGGER = INDUCTION_VOCABULARY - 1
 EVENTS, MARK = 4, 3
 SHORTEST, RATIO, RHYTHMS = 1.0, 4.0, 4
+
+
+def copying(n: int, generator: torch.Generator, *, length: int = 20, wait: int = 8) -> Batch:
+    """Return random patterns of bits, a pause, and as many signals: repeat the patterns in order.
+
+    Args:
+        n: sequences.
+        generator: source of the random numbers.
+        length: patterns to repeat.
+        wait: positions of the pause.
+
+    Source: the copy task of Graves et al. 2014, arXiv:1410.5401, section 4.1.
+    """
+    patterns = torch.randint(0, WAIT, (n, length), generator=generator)
+    pause, recall = torch.full((n, wait), WAIT), torch.full((n, length), RECALL)
+    return Batch(torch.cat([patterns, pause, recall], -1), bits_of(patterns).flatten(1))
+
+
+def bits_of(tokens: Tensor, bits: int = PATTERN_BITS) -> Tensor:
+    """Return the lowest bits of each token, (..., bits) integers, the least significant first."""
+    return (tokens.unsqueeze(-1) >> torch.arange(bits)) & 1
 
 
 def selective_copying(
@@ -111,6 +137,7 @@ def event_timing(n: int, generator: torch.Generator, *, length: int = 32) -> Bat
 
 
 TASKS: dict[str, Task] = {
+    "copying": Task(copying, RECALL + 1, 2, 0.5, "copying", bits=PATTERN_BITS),
     "selective_copying": Task(
         selective_copying, COPY_VOCABULARY, MARKER, 1 / (MARKER - 1), "selective copying"
     ),

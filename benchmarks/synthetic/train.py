@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.synthetic.tasks import TASKS, Batch, Task
+from benchmarks.synthetic.tasks import TASKS, Batch, Task, bits_of
 from lrnnx_core import registry
 from lrnnx_nn.blocks import Block
 from lrnnx_nn.layers import LAYERS
@@ -37,6 +37,7 @@ class Recipe:
         d_model: width.
         n_layer: number of blocks.
         activation: of the blocks.
+        states: times the d_state of `lrnnx_nn.recipes.model_defaults`.
     """
 
     steps: int
@@ -48,9 +49,11 @@ class Recipe:
     d_model: int = 32
     n_layer: int = 2
     activation: str = "half_glu1"
+    states: int = 1
 
 
 RECIPES: Mapping[str, Recipe] = {
+    "copying": Recipe(steps=2000, states=4),
     "selective_copying": Recipe(steps=1500),
     "induction_heads": Recipe(steps=2000),
     "event_timing": Recipe(steps=600),
@@ -68,39 +71,60 @@ def recipe_for(task_name: str, layer: str) -> Recipe:
     return dataclasses.replace(recipe, lr=lr, ssm_lr=lr)
 
 
+class BitEmbedding(nn.Module):
+    """A linear map of a token's bits; tokens too large for them are signals with a row each."""
+
+    def __init__(self, task: Task, width: int) -> None:
+        super().__init__()
+        self.bits = task.bits
+        self.linear = nn.Linear(task.bits, width)
+        self.signal = nn.Embedding(task.vocabulary - 2**task.bits, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        number = tokens < 2**self.bits
+        pattern = self.linear(2.0 * bits_of(tokens, self.bits) - 1)
+        signal = self.signal((tokens - 2**self.bits).clamp(min=0))
+        return torch.where(number.unsqueeze(-1), pattern, signal)
+
+
 class Network(nn.Module):
     """Embedding, residual blocks, norm, and a head that answers at the last positions.
 
     Args:
         task: gives vocabulary and number of classes.
         layer: a model's name, looked up in the registry.
-        recipe: width, depth and activation; d_state is `lrnnx_nn.recipes.model_defaults`'.
+        recipe: width, depth, states and activation.
     """
 
     def __init__(self, task: Task, layer: str, recipe: Recipe) -> None:
         super().__init__()
         name, width = registry.get(layer).name, recipe.d_model
-        d_state = model_defaults(name)["d_state"]
-        self.embedding = nn.Embedding(task.vocabulary, width)
+        d_state = recipe.states * model_defaults(name)["d_state"]
+        self.embedding = (
+            BitEmbedding(task, width) if task.bits else nn.Embedding(task.vocabulary, width)
+        )
         self.blocks = nn.ModuleList(
             Block(width, LAYERS[name](width, d_state), norm="layer", activation=recipe.activation)
             for _ in range(recipe.n_layer)
         )
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, task.n_classes)
+        self.per_answer = max(task.bits, 1)
+        self.head = nn.Linear(width, self.per_answer * task.n_classes)
 
     def forward(self, tokens: Tensor, answers: int, gaps: Tensor | None = None) -> Tensor:
         """Return the logits (n, answers, n_classes) at the last positions of tokens (n, L).
 
         Args:
             tokens: (n, L), integers.
-            answers: number of positions M to answer at.
+            answers: number of labels M, one for each of the last positions (or for each of their
+                bits).
             gaps: (n, L), the layers' integration_timesteps.
         """
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x, integration_timesteps=gaps)
-        return self.head(self.norm(x[:, -answers:]))
+        logits = self.head(self.norm(x[:, -(answers // self.per_answer) :]))
+        return logits.reshape(len(tokens), answers, -1)
 
 
 def train(

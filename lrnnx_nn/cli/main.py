@@ -109,7 +109,7 @@ def _add_train(commands: Any) -> None:
         "--dataset",
         default=recipes.DEFAULT_DATASET,
         metavar="NAME|FILE",
-        help="a classification set that aeon ships, or a .ts or .npz file (default: %(default)s)",
+        help="a set that aeon ships, digits, or a .ts or .npz file (default: %(default)s)",
     )
     add(
         "--layer",

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Where data sets come from: aeon's own folder, `.ts` and `.npz` files. Nothing is downloaded."""
+"""Where data sets come from: what aeon and scikit-learn ship, `.ts` and `.npz` files.
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from lrnnx_nn.optional import require
 TEST_FRACTION = 0.3
 """Of a file without a test part, what is set aside as one."""
 
+DIGITS = "digits"
 NPZ_KEYS = "X_train, y_train, X_test, y_test [lengths_train, lengths_test], or X, y [lengths]"
 
 
@@ -27,6 +31,8 @@ def load_dataset(source: str | Path, *, seed: int = 0) -> Dataset:
         source: one of
 
             * the name of a set that aeon ships (see `bundled_names`), with its official split;
+            * ``digits``, scikit-learn's 1797 handwritten digits of 8 x 8 pixels, read row by row as
+              64 samples of one channel; a test part is carved;
             * a ``.ts`` file: ``NAME_TRAIN.ts`` or ``NAME_TEST.ts`` with the other one beside it (or
               ``NAME.ts`` for the pair), else one file from which a test part is carved;
             * a ``.npz`` file with keys ``X_train, y_train, X_test, y_test`` or ``X, y``; X is
@@ -37,9 +43,12 @@ def load_dataset(source: str | Path, *, seed: int = 0) -> Dataset:
     Raises:
         ValueError: an unknown name (the message lists the known ones), a file that is missing, not
             readable, empty, of one class, with NaN, or whose shapes do not match.
-        MissingDependencyError: aeon is not installed (names and ``.ts`` files).
+        MissingDependencyError: aeon is not installed (names and ``.ts`` files), or scikit-learn
+            (``digits``).
     """
     path = Path(source)
+    if str(source).lower() == DIGITS:
+        return _load_digits(seed)
     if path.suffix.lower() == ".npz":
         return _load_npz(path, seed)
     if path.suffix.lower() == ".ts":
@@ -51,12 +60,12 @@ def load_dataset(source: str | Path, *, seed: int = 0) -> Dataset:
 
 
 def bundled_names() -> list[str]:
-    """Return the names of the classification sets that aeon ships, sorted.
+    """Return the names of the sets that need no file: those aeon ships, and ``digits``, sorted.
 
     Raises:
         MissingDependencyError: aeon is not installed.
     """
-    return sorted(_bundled())
+    return sorted((*_bundled(), DIGITS), key=str.lower)
 
 
 def _bundled() -> dict[str, Path]:
@@ -92,11 +101,21 @@ def _load_bundled(name: str) -> Dataset:
             "is in the public archive, but aeon does not ship it and nothing is downloaded here; "
             "give its NAME_TRAIN.ts instead"
             if name.lower() in archived
-            else "is neither a set that aeon ships nor a .ts or .npz file"
+            else "is neither a set that ships with aeon or scikit-learn nor a .ts or .npz file"
         )
-        raise ValueError(f"data set {name!r} {reason}. aeon ships {', '.join(sorted(folders))}")
+        raise ValueError(
+            f"data set {name!r} {reason}. known names are {', '.join(bundled_names())}"
+        )
     train, test = (_read_ts(folders[found] / f"{found}_{part}.ts") for part in ("TRAIN", "TEST"))
     return build(found, train, test, "official")
+
+
+# --- scikit-learn --------------------------------------------------------------------------------
+
+
+def _load_digits(seed: int) -> Dataset:
+    images, labels = require("sklearn.datasets").load_digits(return_X_y=True)
+    return _carve(DIGITS, Raw(list(images[:, :, None]), labels), seed)
 
 
 # --- .ts -----------------------------------------------------------------------------------------
