@@ -15,10 +15,10 @@ TIMEOUT := $(if $(shell command -v timeout),timeout $(NOTEBOOK_SECONDS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test slow exhaustive lint format types docs notebooks wheel setup clean
+.PHONY: help demo test slow exhaustive lint format types docs notebooks wheel setup clean cuda-check bench-cuda
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.installed-demo ## set up, then train an S5 on JapaneseVowels (ARGS="--epochs 5" adds options)
 	$(BIN)/lrnnx train --dataset JapaneseVowels --layer S5 $(ARGS)
@@ -58,6 +58,12 @@ wheel: $(VENV)/.installed-dev ## build dist/*.whl
 	rm -rf dist
 	$(BIN)/python -m build --wheel --no-isolation
 
+cuda-check: $(VENV)/.installed-check ## compile every CUDA kernel for every architecture; needs no GPU
+	$(BIN)/python scripts/check_cuda.py --jobs $(JOBS) $(ARGS)
+
+bench-cuda: $(VENV)/.installed-cuda ## time the CUDA kernels (ARGS="--quick" leaves the peers out)
+	$(BIN)/python benchmarks/cuda/linear_scan.py $(ARGS)
+
 setup: $(VENV)/.installed-dev ## set up only, with everything the other targets use
 
 clean: ## remove what was built or installed; runs/ stays
@@ -70,8 +76,14 @@ $(BIN)/python:
 
 EXTRAS-demo := demo
 EXTRAS-dev := cpu,demo,docs,dev
+EXTRAS-check := cuda-check
+EXTRAS-cuda := cuda13
+# Read by tests alone, and installed without what they ask for: attenuate wants the long obsolete
+# package pathlib, and audio libraries that the test does without.
+BARE := attenuate
 
 # The stamps: installed again whenever a dependency or a pin changes.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS-$*)]"
+	$(if $(filter dev,$*),$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps $(BARE))
 	@touch $@ $(if $(filter dev,$*),$(VENV)/.installed-demo)

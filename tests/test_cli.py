@@ -397,6 +397,17 @@ def test_help_shows_every_default(command: str, capsys: pytest.CaptureFixture[st
         assert "(default:" in " ".join(entry.split()) or entry.startswith("-h"), entry
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cpu", "expected cuda or cuda:N"), ("gpu", "no device 'gpu'"), ("cuda", "no CUDA device")],
+)
+def test_warmup_names_what_is_wrong(
+    device: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fails(capsys, ["warmup", "--device", device], message)
+
+
 def test_no_command_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     fails(capsys, [], "the following arguments are required: COMMAND")
     with pytest.raises(SystemExit) as stop:

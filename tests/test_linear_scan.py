@@ -766,7 +766,7 @@ def test_a_backend_gets_a_constant_coefficient_unexpanded(stand_in: StandIn) -> 
 
 
 def test_implement_refuses_unknown_names_and_devices() -> None:
-    with pytest.raises(ValueError, match=r"no operator 'scan'; defined are \['linear_scan'"):
+    with pytest.raises(ValueError, match=r"no operator 'scan'; defined are \[.*'linear_scan'"):
         library.implement("scan", "cpu", blocked.linear_scan)
     with pytest.raises(ValueError, match="device 'tpu', expected 'cpu' or 'cuda'"):
         library.implement("linear_scan", "tpu", blocked.linear_scan)

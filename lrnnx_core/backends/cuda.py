@@ -1,10 +1,42 @@
 # SPDX-License-Identifier: MIT
 # pyright: basic
-"""Where the CUDA C++ sources are. They are text, compiled on first use."""
+"""Load the CUDA C++ sources through CuPy and launch their kernels on torch's streams.
+
+A `Kernel` is one entry point of one source with its compile-time definitions; it is compiled for an
+architecture at its first launch there, by NVRTC and without a compiler on the machine, and CuPy
+keeps the result on disk. Its arguments are one struct, packed here field by field by a declared
+layout: no value reaches a kernel that was not converted to the type which the kernel reads, and the
+source asserts the layout's size. Launches go to torch's current stream of the device, so they can
+be captured into CUDA graphs; outputs and scratch memory are torch's.
+
+CuPy is imported when the first CUDA tensor arrives. Without it CUDA tensors run the pure PyTorch
+operators, which is said once.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib
+import os
+import re
+import struct
+import threading
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lrnnx_core.backends.transforms import current_stream_handle
+
+LARGEST_GRID = 2**31 - 1
+WARP = 32
+
+
+class CudaBackendError(RuntimeError):
+    """The CUDA kernels cannot be compiled or loaded; the message says what cures it."""
 
 
 def source_dir() -> Path:
@@ -25,3 +57,287 @@ def source_dir() -> Path:
     raise FileNotFoundError(
         f"no CUDA sources in {root / 'cuda'} or {here / '_cuda'}; reinstall lrnnx-core"
     )
+
+
+@functools.cache
+def source(name: str) -> str:
+    """Return a source with its headers pasted in, once each.
+
+    CuPy's cache on disk knows the text it compiles and not what that includes; and so nothing but
+    this folder's text reaches the compiler.
+
+    Raises:
+        FileNotFoundError: no such file, or a header that is not in the folder.
+    """
+    folder, pasted = source_dir(), set[str]()
+
+    def paste(file: str) -> str:
+        lines: list[str] = [f'#line 1 "{file}"\n']
+        for number, line in enumerate((folder / file).read_text().splitlines(keepends=True), 1):
+            header = re.match(r'#include "([\w.]+)"', line)
+            if header is None:
+                lines.append("\n" if line.startswith("#pragma once") else line)
+            elif header[1] not in pasted:
+                pasted.add(header[1])
+                lines.append(f'{paste(header[1])}\n#line {number + 1} "{file}"\n')
+        return "".join(lines)
+
+    return paste(name)
+
+
+def pip_line() -> str:
+    """Return the pip command that brings the CuPy which fits this torch."""
+    major = (torch.version.cuda or "13").split(".")[0]
+    return f'pip install "lrnnx-core[cuda{12 if major == "12" else 13}]"'
+
+
+class Kernel:
+    """One entry point of a CUDA source.
+
+    Args:
+        file: name of the source in ``cuda/``.
+        entry: name of the ``extern "C"`` function; its one argument is ``struct Arguments``.
+        definitions: compile-time choices, ``-DNAME=VALUE``.
+        layout: the fields of ``Arguments`` in the language of `struct`, native alignment: ``P``
+            pointer, ``q`` long long, ``i`` int, ``f`` float, ``d`` double.
+        shared: the most dynamic shared memory a launch asks for, in bytes.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        entry: str,
+        definitions: Mapping[str, object],
+        layout: str,
+        shared: int = 0,
+    ) -> None:
+        self.file, self.entry, self.shared = file, entry, shared
+        self._struct = struct.Struct("@" + layout + "0P")
+        self.options = (
+            "-std=c++17",
+            *(f"-D{name}={value}" for name, value in definitions.items()),
+            f"-DARGUMENT_BYTES={self._struct.size}",
+        )
+        self._functions: dict[int, int] = {}
+        self._modules: list[Any] = []
+        self._local = _Frame(self._struct.size)
+
+    def __repr__(self) -> str:
+        return f"Kernel({self.file}, {self.entry}, {' '.join(self.options)})"
+
+    def launch(self, device: int, blocks: int, threads: int, shared: int, *values: float) -> None:
+        """Run on torch's current stream of CUDA device ``device``, which must be the current one.
+
+        Args:
+            device: index of the device of every pointer.
+            blocks: size of the grid.
+            threads: size of a block.
+            shared: bytes of dynamic shared memory.
+            *values: one for every field of the layout.
+
+        Raises:
+            CudaBackendError: the kernel cannot be compiled or loaded.
+            ValueError: the grid is larger than CUDA allows.
+            struct.error: a value does not have its field's type, or one too many or few.
+        """
+        function = self._functions.get(device)
+        if function is None:
+            function = self._load(device)
+        frame = self._local
+        if device not in frame.devices:  # a new thread has no current context yet
+            _runtime().setDevice(device)
+            frame.devices.add(device)
+        if blocks > LARGEST_GRID:
+            raise ValueError(f"{self.entry}: {blocks} blocks, CUDA allows {LARGEST_GRID}")
+        self._struct.pack_into(frame.buffer, 0, *values)
+        _launch_kernel(
+            function, blocks, 1, 1, threads, 1, 1, shared, current_stream_handle(device),
+            frame.parameters, 0,
+        )  # fmt: skip
+
+    def compile(self, device: int) -> None:
+        """Compile and load for a device ahead of the first launch.
+
+        Raises:
+            CudaBackendError: the kernel cannot be compiled or loaded.
+        """
+        if device not in self._functions:
+            self._load(device)
+
+    def _load(self, device: int) -> int:
+        with _lock:
+            if device not in self._functions:
+                cupy = cupy_module()
+                if cupy is None:
+                    raise CudaBackendError(f"CuPy is missing: {pip_line()}")
+                _check_driver(cupy)
+                with torch.cuda.device(device), _explained(cupy):
+                    module = cupy.RawModule(code=source(self.file), options=self.options)
+                    function = module.get_function(self.entry)
+                    if self.shared:
+                        function.max_dynamic_shared_size_bytes = self.shared
+                    self._functions[device] = function.kernel.ptr
+                self._modules.append(module)  # the function lives as long as its module
+            return self._functions[device]
+
+
+class _Frame(threading.local):
+    """A thread's packed arguments of one kernel, and what points to them."""
+
+    def __init__(self, size: int) -> None:
+        self.devices: set[int] = set()
+        self.buffer = ctypes.create_string_buffer(size)
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
+        self.parameters = ctypes.addressof(self._pointers)
+
+
+_lock = threading.RLock()
+
+
+def _launch_kernel(*arguments: int) -> None:
+    """Replace this very name by the driver's function at the first call."""
+    global _launch_kernel
+    cupy = cupy_module()
+    if cupy is None:
+        raise CudaBackendError(f"CuPy is missing: {pip_line()}")
+    _launch_kernel = cupy.cuda.driver.launchKernel
+    _launch_kernel(*arguments)
+
+
+def _runtime() -> Any:
+    return importlib.import_module("cupy.cuda").runtime
+
+
+@functools.cache
+def cupy_module() -> Any | None:
+    """Return CuPy, or None where it is not installed, which is warned of once.
+
+    Raises:
+        CudaBackendError: CuPy is there and cannot make the folder of its cache.
+    """
+    try:
+        return importlib.import_module("cupy")
+    except OSError as error:  # CuPy makes the folder of its cache when it is imported
+        raise CudaBackendError(_cache_message(error)) from error
+    except ImportError as error:
+        cause = "" if isinstance(error, ModuleNotFoundError) else f" (it is broken: {error})"
+        warnings.warn(
+            "CuPy is missing, so lrnnx-core runs CUDA tensors in plain PyTorch, which is right "
+            f"but slower{cause}: {pip_line()}",
+            stacklevel=2,
+        )
+        return None
+
+
+@functools.cache
+def ready() -> bool:
+    """Return whether CUDA tensors run compiled kernels; asks for CuPy the first time."""
+    return torch.version.hip is None and cupy_module() is not None
+
+
+def _check_driver(cupy: Any) -> None:
+    driver = cupy.cuda.runtime.driverGetVersion()
+    compiler, _ = nvrtc_version()
+    if driver // 1000 < compiler:
+        raise CudaBackendError(
+            f"the NVIDIA driver supports CUDA {driver // 1000}.{driver % 1000 // 10} and CuPy "
+            f"compiles for CUDA {compiler}: update the driver, or "
+            'pip uninstall cupy-cuda13x and pip install "lrnnx-core[cuda12]"'
+        )
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """Return the version of the run-time compiler that CuPy uses.
+
+    Raises:
+        CudaBackendError: it cannot be loaded.
+    """
+    try:
+        return importlib.import_module("cupy.cuda").nvrtc.getVersion()
+    except (ImportError, OSError, RuntimeError) as error:
+        major = (torch.version.cuda or "13").split(".")[0]
+        raise CudaBackendError(
+            f"CuPy finds no NVRTC, CUDA's run-time compiler ({_first_line(error)}): "
+            f'pip install "cupy-cuda{major}x[ctk]"'
+        ) from error
+
+
+class _explained:
+    """Turn what CuPy raises into an error that names the cure."""
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError):
+            raise CudaBackendError(_cache_message(error)) from error
+        compiler = importlib.import_module("cupy.cuda.compiler")
+        if isinstance(error, compiler.CompileException):
+            raise CudaBackendError(
+                f"NVRTC refused a kernel of lrnnx-core; please report this. {error}"
+            ) from error
+        if isinstance(error, self._cupy.cuda.driver.CUDADriverError):
+            raise CudaBackendError(
+                f"the NVIDIA driver refused a compiled kernel ({_first_line(error)}); it supports "
+                f"CUDA {self._cupy.cuda.runtime.driverGetVersion() // 1000}, NVRTC is "
+                f"{'.'.join(map(str, nvrtc_version()))}: update the driver"
+            ) from error
+        if isinstance(error, ImportError | RuntimeError):
+            nvrtc_version()  # the usual cause, explained there
+            raise CudaBackendError(f"CuPy cannot load a kernel: {_first_line(error)}") from error
+
+
+def _cache_message(error: OSError) -> str:
+    folder = os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")
+    return (
+        f"CuPy cannot use its cache of compiled kernels in {folder} ({error}): set CUPY_CACHE_DIR "
+        "to a writable folder"
+    )
+
+
+def _first_line(error: BaseException | None) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class Limits(NamedTuple):
+    """What a kernel's shape depends on.
+
+    Attributes:
+        multiprocessors: their number.
+        shared: bytes of shared memory of a multiprocessor.
+        shared_per_block: how much of it one block may have.
+    """
+
+    multiprocessors: int
+    shared: int
+    shared_per_block: int
+
+
+@functools.cache
+def limits(device: int) -> Limits:
+    """Return those of a CUDA device."""
+    p = torch.cuda.get_device_properties(device)
+    return Limits(
+        p.multi_processor_count,
+        p.shared_memory_per_multiprocessor,
+        p.shared_memory_per_block_optin,
+    )
+
+
+KERNELS: dict[str, Callable[[Limits], list[Kernel]]] = {}
+"""Operator -> every kernel it may launch on a device, for `warm_up` and the compile check."""
+
+
+def warm_up(device: int) -> int:
+    """Compile every kernel for a device ahead of its first use; return how many there are.
+
+    Raises:
+        CudaBackendError: CuPy is missing, or a kernel cannot be compiled.
+    """
+    found = [k for kernels in KERNELS.values() for k in kernels(limits(device))]
+    for kernel in found:
+        kernel.compile(device)
+    return len(found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -63,6 +64,40 @@ def autocasting(device: torch.device) -> bool:
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Switch autocast off: state-space arithmetic stays at least float32."""
     return torch.autocast(device.type, enabled=False) if autocasting(device) else nullcontext()
+
+
+def current_stream_handle(device: int) -> int:
+    """Return the raw handle of the stream that torch launches on, for CUDA device ``device``.
+
+    The public `torch.cuda.current_stream` builds a Stream object, which takes microseconds.
+    """
+    return torch._C._cuda_getCurrentRawStream(device)  # pyright: ignore[reportPrivateUsage]
+
+
+class _Positional(inspect.Signature):
+    """The signature of a function that is always called with every argument, in order."""
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return super().bind(*args, **kwargs) if kwargs else _Bound(args)
+
+
+class _Bound:
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.args = args
+        self.kwargs: dict[str, Any] = {}
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+def positional_only(forward: Callable[..., Any]) -> None:
+    """Spare an ``autograd.Function`` whose forward gets all its arguments in order their binding.
+
+    ``Function.apply`` asks for the signature of forward and binds the arguments at every call; that
+    takes as long as several launches of a kernel.
+    """
+    parameters = inspect.signature(forward).parameters.values()
+    setattr(forward, "__signature__", _Positional(list(parameters)))  # noqa: B010
 
 
 def allow_in_graph(function: F) -> F:

@@ -11,6 +11,7 @@ import platform
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 from lrnnx_nn.optional import pip_line
@@ -56,6 +57,15 @@ def _demo() -> list[Finding]:
     return [_package(name, "demo", "lrnnx train") for name in packages]
 
 
+def _sources() -> list[Finding]:
+    from lrnnx_core.backends import cuda
+
+    try:
+        return [Finding("CUDA source", str(cuda.source_dir()))]
+    except FileNotFoundError as error:
+        return [Finding("CUDA source", "missing", str(error))]
+
+
 def _gpu() -> list[Finding]:
     import torch
 
@@ -94,10 +104,24 @@ def _cupy(driver: tuple[int, int] | None) -> list[Finding]:
         ]
     found = [Finding("CuPy", str(cupy.__version__))]
     try:
-        version = importlib.import_module("cupy.cuda.nvrtc").getVersion()
-        return [*found, Finding("NVRTC", ".".join(map(str, version)))]
-    except (ImportError, OSError, RuntimeError) as error:
+        version = importlib.import_module("cupy.cuda").nvrtc.getVersion()
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
         return [*found, Finding("NVRTC", f"cannot be loaded ({error})", remedy)]
+    found.append(Finding("NVRTC", ".".join(map(str, version))))
+    if driver is not None and driver[0] < version[0]:
+        found[-1] = found[-1]._replace(remedy="a newer NVIDIA driver, or " + pip_line("cuda12"))
+    return [*found, _kernel_cache()]
+
+
+def _kernel_cache() -> Finding:
+    """Look for the folder in which CuPy keeps compiled kernels."""
+    if os.environ.get("CUPY_CACHE_IN_MEMORY", "0") not in ("", "0"):
+        return Finding("cache", "in memory only (CUPY_CACHE_IN_MEMORY)")
+    folder = Path(os.environ.get("CUPY_CACHE_DIR") or "~/.cupy/kernel_cache").expanduser()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK):
+        return Finding("cache", str(folder))
+    return Finding("cache", f"{folder} is not writable", "set CUPY_CACHE_DIR to one that is")
 
 
 def cuda_driver() -> tuple[int, int] | None:
@@ -125,4 +149,4 @@ def _version(name: str) -> str | None:
         return None
 
 
-_LOOKS: tuple[Callable[[], list[Finding]], ...] = (_python, _numba, _demo, _gpu)
+_LOOKS: tuple[Callable[[], list[Finding]], ...] = (_python, _numba, _demo, _sources, _gpu)

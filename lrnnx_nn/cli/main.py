@@ -83,6 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_models(commands)
     doctor = commands.add_parser("doctor", help="what is installed, and what is missing")
     doctor.set_defaults(module="doctor")
+    warmup = commands.add_parser("warmup", help="compile the kernels ahead of their first use")
+    warmup.set_defaults(module="warmup")
+    warmup.add_argument(
+        "--device", default="cuda", help="cuda, or cuda:1 ... (default: %(default)s)"
+    )
     return parser
 
 
