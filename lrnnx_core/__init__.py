@@ -5,14 +5,30 @@
 ``s5.discretize``; `lrnnx_core.ops` has the operators under them, `lrnnx_core.registry` every model.
 """
 
-from lrnnx_core import checks, discretize, initialize, ops, registry, sequences
-from lrnnx_core.models import lru, mamba, mamba2, rglru, s4d, s5, s7, stream
+from lrnnx_core import checks, discretize, events, frequency, initialize, ops, registry, sequences
+from lrnnx_core.models import (
+    centaurus,
+    event_ssm,
+    lru,
+    mamba,
+    mamba2,
+    rglru,
+    s4,
+    s4d,
+    s5,
+    s7,
+    stream,
+)
 
 __version__ = "0.1.0.dev0"
 __all__ = [
+    "centaurus",
     "checks",
     "citation",
     "discretize",
+    "event_ssm",
+    "events",
+    "frequency",
     "initialize",
     "lru",
     "mamba",
@@ -20,6 +36,7 @@ __all__ = [
     "ops",
     "registry",
     "rglru",
+    "s4",
     "s4d",
     "s5",
     "s7",

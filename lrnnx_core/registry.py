@@ -4,14 +4,28 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType, ModuleType
 from typing import Any, Literal, NamedTuple
 
-from lrnnx_core.models import lru, mamba, mamba2, rglru, s4d, s5, s7, stream
+from lrnnx_core.models import (
+    centaurus,
+    event_ssm,
+    lru,
+    mamba,
+    mamba2,
+    rglru,
+    s4,
+    s4d,
+    s5,
+    s7,
+    stream,
+)
 from lrnnx_core.models._common import LTI_MODES
 
+FUNCTIONS = ("init", "init_state", "discretize", "kernel", "frequency_response", "scan", "step")
 NO_CHOICES: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -35,7 +49,8 @@ class Model(NamedTuple):
 
     The functions follow one protocol: ``init(d_model, d_state, ...) -> params``,
     ``init_state(params, batch_shape) -> state``, ``discretize(params, ...) -> (A_bar, B_bar)``,
-    ``kernel(params, length, ...) -> K`` (time-invariant models only, else None),
+    ``kernel(params, length, ...) -> K`` and ``frequency_response(params, omega, ...) -> H``
+    (time-invariant models only, else None),
     ``scan(params, u, state, ...) -> (y, state)`` and ``step(params, u_t, state, ...) -> (y_t,
     state)``.
     """
@@ -58,12 +73,12 @@ class Model(NamedTuple):
     citation: str
     variants: tuple[Variant, ...]
     aliases: tuple[str, ...] = ()
+    frequency_response: Callable[..., Any] | None = None
 
 
 def _model(module: ModuleType, **facts: Any) -> Model:
-    functions = ("init", "init_state", "discretize", "kernel", "scan", "step")
     name = module.__name__.rsplit(".", 1)[-1]
-    return Model(name=name, **{f: getattr(module, f, None) for f in functions}, **facts)
+    return Model(name=name, **{f: getattr(module, f, None) for f in FUNCTIONS}, **facts)
 
 
 _S7_FULL_ONLY = frozenset({"abar_min", "abar_max", "init_memory", "chunk_size"})
@@ -84,7 +99,10 @@ MODELS: dict[str, Model] = {
             discretizations=s4d.DISCRETIZATIONS,
             modes=LTI_MODES,
             timestep_modes=("both", "state_only"),
-            stability="always, under zoh, dirac, mamba, bilinear and gbt with alpha >= 1/2",
+            stability=(
+                "always (but for A_transform='none'), under zoh, dirac, mamba, bilinear and gbt "
+                "with alpha >= 1/2"
+            ),
             citation="""@inproceedings{gu2022s4d,
   title     = {On the Parameterization and Initialization of Diagonal State Space Models},
   author    = {Gu, Albert and Gupta, Ankit and Goel, Karan and R{\\'e}, Christopher},
@@ -107,6 +125,32 @@ MODELS: dict[str, Model] = {
                 ),
                 Variant("one_ssm_two_channels", {"n_ssm": 1, "channels": 2}),
                 Variant("dirac", {}, {"discretization": "dirac"}),
+                Variant("bidirectional", {"bidirectional": True}, {"bidirectional": True}),
+            ),
+        ),
+        _model(
+            s4,
+            title="S4",
+            kind="lti",
+            connectivity="siso",
+            discretizations=s4.DISCRETIZATIONS,
+            modes=LTI_MODES,
+            timestep_modes=("both", "state_only"),
+            stability="always (but for A_transform='none')",
+            citation="""@inproceedings{gu2022s4,
+  title     = {Efficiently Modeling Long Sequences with Structured State Spaces},
+  author    = {Gu, Albert and Goel, Karan and R{\\'e}, Christopher},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2022},
+  note      = {arXiv:2111.00396}
+}""",
+            variants=(
+                Variant("legs"),
+                Variant("rank_two_truncated", {"rank": 2, "l_kernel": 4608}, {"l_kernel": 4608}),
+                Variant(
+                    "legt_one_ssm_untied_dt",
+                    {"A_init": "legt", "n_ssm": 1, "channels": 2, "tied_dt": False},
+                ),
                 Variant("bidirectional", {"bidirectional": True}, {"bidirectional": True}),
             ),
         ),
@@ -157,6 +201,76 @@ MODELS: dict[str, Model] = {
                 Variant("default"),
                 Variant("ring", {"r_min": 0.9, "r_max": 0.999, "max_phase": 0.314}),
                 Variant("bidirectional", {"bidirectional": True}, {"bidirectional": True}),
+            ),
+        ),
+        _model(
+            event_ssm,
+            title="Event-SSM",
+            kind="lti",
+            connectivity="mimo",
+            discretizations=event_ssm.DISCRETIZATIONS,
+            modes=LTI_MODES,
+            timestep_modes=("both", "state_only"),
+            stability=(
+                "with clip_eigs, under async, zoh, dirac, mamba, bilinear and gbt with alpha >= 1/2"
+            ),
+            citation="""@article{schoene2024eventssm,
+  title   = {Scalable Event-by-event Processing of Neuromorphic Sensory Signals With Deep
+             State-Space Models},
+  author  = {Sch{\\"o}ne, Mark and Sushma, Neeraj Mohan and Zhuge, Jingyue and Mayr, Christian
+             and Subramoney, Anand and Kappel, David},
+  journal = {arXiv preprint arXiv:2404.18508},
+  year    = {2024}
+}""",
+            variants=(
+                Variant("default"),
+                Variant(
+                    "dirac_full_spectrum",
+                    {"blocks": 2, "conj_sym": False},
+                    {"discretization": "dirac", "conj_sym": False, "clip_eigs": True},
+                ),
+                Variant("zoh_d_out", {"d_out": 4}, {"discretization": "zoh"}),
+            ),
+        ),
+        _model(
+            centaurus,
+            title="Centaurus",
+            kind="lti",
+            connectivity="mimo",
+            discretizations=centaurus.DISCRETIZATIONS,
+            modes=LTI_MODES,
+            timestep_modes=("both", "state_only"),
+            stability="always, under mamba and zoh",
+            citation="""@inproceedings{pei2025centaurus,
+  title     = {Let {SSMs} be {ConvNets}: State-space Modeling with Optimal Tensor Contractions},
+  author    = {Pei, Yan Ru},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  note      = {arXiv:2501.13230}
+}""",
+            # In float32 a mode of dt = 1e-3 loses 2e-5 over 4097 samples, however it is run.
+            variants=(
+                Variant("neck", {"sub_state_dim": 2}),
+                Variant(
+                    "pointwise_zoh_d_out",
+                    {"variant": "pointwise", "sub_state_dim": 2, "d_out": 4, "dt_min": 4e-3},
+                    {"variant": "pointwise", "discretization": "zoh"},
+                ),
+                Variant(
+                    "dws",
+                    {"variant": "dws", "tied_dt": False, "dt_min": 4e-3},
+                    {"variant": "dws"},
+                ),
+                Variant(
+                    "full_d_out",
+                    {"variant": "full", "d_out": 2, "dt_min": 4e-3},
+                    {"variant": "full"},
+                ),
+                Variant(
+                    "neck_bidirectional",
+                    {"sub_state_dim": 2, "bidirectional": True},
+                    {"bidirectional": True},
+                ),
             ),
         ),
         _model(
@@ -339,8 +453,7 @@ def bind(name: str, **choices: Any) -> Model:
         ValueError: an unknown model, or a choice that none of its functions has.
     """
     model = get(name)
-    fields = ("init", "init_state", "discretize", "kernel", "scan", "step")
-    functions = {f: getattr(model, f) for f in fields if getattr(model, f) is not None}
+    functions = {f: getattr(model, f) for f in FUNCTIONS if getattr(model, f) is not None}
     known = {f: _options(fn) for f, fn in functions.items()}
     for choice in choices:
         if not any(choice in options for options in known.values()):
@@ -352,6 +465,18 @@ def bind(name: str, **choices: Any) -> Model:
             for f, fn in functions.items()
         }
     )
+
+
+def always_stable(model: Model, choices: Mapping[str, Any]) -> bool:
+    """Return whether abs(A_bar) < 1 holds by construction, whatever training and steps do.
+
+    Args:
+        model: its ``stability`` says ``always`` and nothing more, or names one choice that breaks
+            it: ``always (but for OPTION='VALUE')``.
+        choices: the options in force.
+    """
+    claim = re.fullmatch(r"always(?: \(but for (\w+)='(\w+)'\))?", model.stability)
+    return claim is not None and (claim[1] is None or choices.get(claim[1]) != claim[2])
 
 
 def options(model: Model, function: str) -> frozenset[str]:

@@ -208,7 +208,9 @@ def timesteps_from_timestamps(
     """Turn time stamps into `integration_timesteps`.
 
     Args:
-        timestamps: (..., L), nondecreasing, in any unit; dt is then in the same unit.
+        timestamps: (..., L), nondecreasing, in any unit; dt is then in the same unit. Differences
+            of integers are exact. A float32 knows a time stamp to seven digits alone: keep stamps
+            as integers or float64, as `lrnnx_core.events` does.
         last: (...) or a number, the time stamp of the sample before these, when a stream goes on.
         first: the gap before the first sample where ``last`` is None.
         convention: ``"before"`` pairs sample k with t_k - t_{k-1}, as the recurrence needs.
@@ -217,30 +219,38 @@ def timesteps_from_timestamps(
 
     Returns:
         (..., L), or (..., L - 1) for ``"after"``: drop the last sample then, as that loader does.
+        In the dtype of floating time stamps, float64 for integers.
 
     Raises:
         ValueError: no time axis, an unknown convention, or ``last`` given with ``"after"``.
     """
     if timestamps.ndim == 0:
         raise ValueError("timesteps_from_timestamps: timestamps () needs a time axis")
-    if not timestamps.is_floating_point():
-        timestamps = timestamps.to(torch.float64)
+    integral = not timestamps.is_floating_point()
+    if integral:
+        timestamps = timestamps.to(torch.int64)  # float64 is exact to 2^53 alone
+    dtype = torch.float64 if integral else timestamps.dtype
     if convention == "after":
         if last is not None:
             raise ValueError(
                 "timesteps_from_timestamps: last has no meaning with convention='after'"
             )
-        return timestamps.diff(dim=-1)
+        return timestamps.diff(dim=-1).to(dtype)
     if convention != "before":
         raise ValueError(
             f"timesteps_from_timestamps: convention {convention!r}, expected 'before' or 'after'"
         )
     start = timestamps[..., :1]
     if last is None:
-        gap = torch.full_like(start, first)
+        gap = torch.full_like(start, first, dtype=dtype)
     else:
-        gap = start - torch.as_tensor(last, dtype=start.dtype, device=start.device).unsqueeze(-1)
-    return torch.cat([gap, timestamps.diff(dim=-1)], dim=-1)
+        kind = torch.int64 if isinstance(last, int) else torch.float64
+        before = last if isinstance(last, Tensor) else torch.tensor(last, dtype=kind)
+        before = before.to(start.device)
+        if before.is_floating_point() or not integral:
+            start, before = start.to(dtype), before.to(dtype)
+        gap = (start - before.unsqueeze(-1)).to(dtype)
+    return torch.cat([gap, timestamps.diff(dim=-1).to(dtype)], dim=-1)
 
 
 def reset_from_cu_seqlens(cu_seqlens: Tensor, length: int) -> Tensor:

@@ -9,13 +9,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lrnnx_nn.architectures import Classifier, ClassifierConfig
     from lrnnx_nn.blocks import Block
-    from lrnnx_nn.layers import LAYERS, LRU, RGLRU, S4D, S5, S7, STREAM, Layer, Mamba, Mamba2
+    from lrnnx_nn.event_stage import EventPoolingBlock, EventStage
+    from lrnnx_nn.gated import Gated
+    from lrnnx_nn.layers import (
+        LAYERS,
+        LRU,
+        RGLRU,
+        S4,
+        S4D,
+        S5,
+        S7,
+        STREAM,
+        Centaurus,
+        EventPooling,
+        EventSSM,
+        Layer,
+        Mamba,
+        Mamba2,
+    )
     from lrnnx_nn.norms import BatchNorm
     from lrnnx_nn.optimizer_groups import param_groups
 
 __all__ = [
-    "LAYERS", "LRU", "RGLRU", "S4D", "S5", "S7", "STREAM", "Layer", "Mamba", "Mamba2",
-    "BatchNorm", "Block", "param_groups",
+    "LAYERS", "LRU", "RGLRU", "S4", "S4D", "S5", "S7", "STREAM", "Centaurus", "EventSSM", "Layer",
+    "Mamba", "Mamba2",
+    "EventPooling", "EventPoolingBlock", "EventStage",
+    "BatchNorm", "Block", "Gated", "param_groups",
     "Classifier", "ClassifierConfig",
 ]  # fmt: skip
 
@@ -25,16 +44,22 @@ _HOMES = {
         "LAYERS",
         "LRU",
         "RGLRU",
+        "S4",
         "S4D",
         "S5",
         "S7",
         "STREAM",
+        "Centaurus",
+        "EventPooling",
+        "EventSSM",
         "Layer",
         "Mamba",
         "Mamba2",
     ),
     "lrnnx_nn.norms": ("BatchNorm",),
     "lrnnx_nn.blocks": ("Block",),
+    "lrnnx_nn.gated": ("Gated",),
+    "lrnnx_nn.event_stage": ("EventPoolingBlock", "EventStage"),
     "lrnnx_nn.optimizer_groups": ("param_groups",),
     "lrnnx_nn.architectures": ("Classifier", "ClassifierConfig"),
 }

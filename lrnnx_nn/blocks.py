@@ -149,9 +149,8 @@ class Block(nn.Module):
         self.d_model, self.prenorm = d_model, prenorm
         self.norm = make_norm(norm, d_model)
         self.mixer = mixer
-        width = d_model * int(mixer._init_options.get("channels", 1))
         self.activation = Activation(
-            activation, width, d_model, dropout=dropout, tie_dropout=tie_dropout
+            activation, mixer.d_output, d_model, dropout=dropout, tie_dropout=tie_dropout
         )
 
     def reset_parameters(self) -> None:

@@ -22,7 +22,9 @@ MODEL: Mapping[str, Any] = {
 """Of the classifier, whatever the layer."""
 
 LAYER_MODEL: Mapping[str, Mapping[str, Any]] = {
+    "s4": {"d_state": 16},
     "s4d": {"d_state": 16},
+    "centaurus": {"d_state": 16},
     "mamba": {"d_state": 16},
     "mamba2": {"d_state": 32},
     "stream": {"d_state": 16},

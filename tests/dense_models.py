@@ -19,8 +19,9 @@ class Dense(NamedTuple):
     """S systems x' = A x + B u, y = Re(C x), in units of each state's own step.
 
     A (S, N, N); B (S, N, I) with the step in it and B_raw without; C (S, O, N), C2 the same of
-    the reverse direction; D (H,) or (Ch, H); ``stored`` how many of the N states the library keeps;
-    ``lag`` of the reverse direction: 0 where it counts the current sample.
+    the reverse direction; D (H,) or (Ch, H), without ``siso`` (H,) or a matrix (O, I); ``stored``
+    how many of the N states the library keeps; ``lag`` of the reverse direction: 0 where it counts
+    the current sample.
     """
 
     A: Tensor
@@ -32,6 +33,8 @@ class Dense(NamedTuple):
     stored: int
     siso: bool
     lag: int
+    state: tuple[int, ...] | None = None
+    """Given where S systems side by side read all inputs and their outputs add: a state's shape."""
 
 
 def _complex(params: dict[str, Tensor], key: str) -> Tensor:
@@ -45,18 +48,36 @@ def _with_conjugates(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if t is None else torch.cat([t, t.conj()], dim=-1) for t in tensors)
 
 
+def _real_part(params: dict[str, Tensor], choices: dict[str, Any]) -> Tensor:
+    """Return Re A of S4 and S4D under their five transforms."""
+    raw = params["A_log"].double()
+    return {
+        "exp": lambda: -raw.exp(),
+        "softplus": lambda: -torch.log1p(raw.exp()),
+        "relu": lambda: -raw.clamp(min=0) - 1e-4,
+        "clip": lambda: raw.clamp(max=-1e-4),
+        "none": lambda: raw,
+    }[choices.get("A_transform", "exp")]()
+
+
+def _step(params: dict[str, Tensor], choices: dict[str, Any]) -> Tensor:
+    """Return dt of S4 and S4D."""
+    step = params["log_dt"].double().exp()
+    return torch.log1p(step) if choices.get("dt_transform") == "softplus" else step
+
+
 def s4d(params: dict[str, Tensor], choices: dict[str, Any]) -> Dense:
     """Gu et al. 2022 (S4D): A = -exp(A_log) + i A_im a channel, channel h uses copy h mod S."""
     D = params["D"].double()
     H = D.shape[-1]
-    A = -params["A_log"].double().exp() + 0j
+    A = _real_part(params, choices) + 0j
     if "A_im" in params:
         A = A + 1j * params["A_im"].double()
     B, C = _complex(params, "B"), _complex(params, "C")
     C2 = _complex(params, "C2") if "C2_re" in params else None
     copies = torch.arange(H) % A.shape[0]
     A, B = A[copies], B[copies]
-    dt = params["log_dt"].double().exp()
+    dt = _step(params, choices)
     dt = (dt if dt.ndim == 2 else dt[:, None].expand(A.shape)) + 0j
     stored = A.shape[-1]
     if "A_im" in params:
@@ -68,6 +89,32 @@ def s4d(params: dict[str, Tensor], choices: dict[str, Any]) -> Dense:
     return Dense(
         torch.diag_embed(dt * A), (dt * B)[..., None], B[..., None], outputs(C), outputs(C2), D,
         stored, siso=True, lag=1,
+    )  # fmt: skip
+
+
+def s4(params: dict[str, Tensor], choices: dict[str, Any]) -> Dense:
+    """Gu et al. 2022 (S4): A = Lambda - P P^* on full vectors; C~ = C (I - A_bar^L) is undone."""
+    D = params["D"].double()
+    H = D.shape[-1]
+    A = torch.complex(_real_part(params, choices), params["A_im"].double())
+    B, P, dt = _complex(params, "B"), _complex(params, "P"), _step(params, choices)
+    copies = torch.arange(H) % A.shape[0]
+    A, B, P = A[copies], B[copies], P[:, copies].transpose(0, 1)  # (H, R, M)
+    dt = (dt if dt.ndim == 2 else dt[:, None].expand(A.shape)) + 0j
+    stored = A.shape[-1]
+    readouts = [_complex(params, k) for k in ("C", "C2") if k + "_re" in params]
+    A, B, P, dt, *readouts = _with_conjugates(A, B, P, dt, *readouts)
+    full = torch.diag_embed(A) - P.transpose(-1, -2) @ P.conj()
+    full = dt[..., None] * full
+    outputs = [(c[None] if c.ndim == 2 else c).transpose(0, 1) for c in readouts]  # (H, Ch, N)
+    if choices.get("l_kernel"):
+        eye = torch.eye(2 * stored, dtype=full.dtype)
+        A_bar = torch.linalg.solve(eye - full / 2, eye + full / 2)
+        rest = eye - torch.linalg.matrix_power(A_bar, choices["l_kernel"])
+        outputs = [torch.linalg.solve(rest.mT, c.mT).mT for c in outputs]
+    return Dense(
+        full, (dt * B)[..., None], B[..., None], outputs[0],
+        outputs[1] if len(outputs) > 1 else None, D, stored, siso=True, lag=1,
     )  # fmt: skip
 
 
@@ -100,11 +147,76 @@ def lru(params: dict[str, Tensor], choices: dict[str, Any]) -> Dense:
     )  # fmt: skip
 
 
+def event_ssm(params: dict[str, Tensor], choices: dict[str, Any]) -> Dense:
+    """Schoene et al. 2024 (Event-SSM): the state space of S5, with outputs of another width."""
+    return s5(params, choices)
+
+
+def centaurus(params: dict[str, Tensor], choices: dict[str, Any]) -> Dense:
+    """Pei 2025 (Centaurus): one system of M sub-states for each state channel, written out."""
+    p = {k: v.double() for k, v in params.items()}
+    variant = choices.get("variant", "neck")
+    A = torch.complex(-torch.log1p(p["A_raw"].exp()), p["A_im"])
+    *channels, size = shape = tuple(A.shape)
+    S = math.prod(channels)
+    dt = p["log_dt"].exp()
+    if variant == "full":  # a step for each output, or for each output and sub-state
+        dt = dt.reshape(channels[0], 1, -1)
+    dt = dt.reshape(*dt.shape[: 2 if variant == "full" else 1], -1).expand(shape).reshape(S, size)
+    B = torch.zeros(S, size, p["B"].shape[1] if "B" in p else channels[-1]).double()
+    for s in range(S):
+        for m in range(size):
+            if "B" in p:
+                B[s, m] = p["B"][s * size + m] if variant == "pointwise" else p["B"][s]
+            else:  # state channel s belongs to input s, or to the pair (s // H, s % H)
+                B[s, m, s % channels[-1]] = 1
+
+    def outputs(second: str) -> Tensor:
+        if variant == "neck":
+            return torch.einsum("oj,jm->jom", p["C" + second], p["E"])
+        if variant == "pointwise":
+            return p["C" + second].reshape(-1, S, size).transpose(0, 1)
+        E = p["E" + second].reshape(S, size)
+        if variant == "dws":
+            return torch.einsum("oh,hm->hom", p["W"], E)
+        to = torch.eye(channels[0]).double().repeat_interleave(channels[1], 0)  # (S, H_out)
+        return torch.einsum("so,sm->som", to, E)
+
+    second = "C2" in p or "E2" in p
+    zero = torch.zeros(outputs("").shape[1], B.shape[-1]).double()
+    return Dense(
+        torch.diag_embed(dt * A.reshape(S, size)), dt[..., None] * B + 0j, B + 0j,
+        outputs("") + 0j, outputs("2") + 0j if second else None, zero, size, siso=False, lag=0,
+        state=shape,
+    )  # fmt: skip
+
+
 DENSE: dict[str, Callable[[dict[str, Tensor], dict[str, Any]], Dense]] = {
+    "s4": s4,
     "s4d": s4d,
     "s5": s5,
     "lru": lru,
+    "event_ssm": event_ssm,
+    "centaurus": centaurus,
 }
+
+
+def joined(system: Dense) -> Dense:
+    """Return systems side by side, whose outputs add, as one system; any other one as it is."""
+    if system.state is None:
+        return system
+
+    def stacked(m: Tensor) -> Tensor:  # (S, N, I) -> (1, S N, I)
+        return m.flatten(0, 1)[None]
+
+    def beside(m: Tensor) -> Tensor:  # (S, O, N) -> (1, O, S N)
+        return m.transpose(0, 1).flatten(1)[None]
+
+    return system._replace(
+        A=torch.block_diag(*system.A)[None], B=stacked(system.B), B_raw=stacked(system.B_raw),
+        C=beside(system.C), C2=None if system.C2 is None else beside(system.C2),
+        stored=len(system.A) * system.stored, state=None,
+    )  # fmt: skip
 
 
 def matrix_exp(M: Tensor) -> Tensor:
@@ -192,7 +304,10 @@ def run(
     scaled = system._replace(A=dt_scale * system.A, B=dt_scale * system.B)
     states = _states(scaled, x0, per, elapsed, options)
     final = (states[-1] if states else x0)[..., : system.stored]
-    final = final if system.siso else final[..., 0, :]
+    if system.state is not None:
+        final = final.reshape(*u.shape[:-2], *system.state)
+    elif not system.siso:
+        final = final[..., 0, :]
     y = _read(system.C, states)
     if system.C2 is not None:
         back = elapsed
@@ -201,11 +316,13 @@ def run(
         reverse = _states(scaled, torch.zeros_like(x0), per.flip(-3), back, options)[::-1]
         moved = reverse[system.lag :] + [torch.zeros_like(x0)] * system.lag
         y = y + _read(system.C2, moved[:length])
+    if system.state is not None:
+        y = y.sum(-2, keepdim=True)
     out = y.transpose(-1, -2).flatten(-2)  # (..., L, O, S), channel-major
     if system.siso:
         skip = (system.D.reshape(-1, S) * u[..., None, :]).flatten(-2)
     else:
-        skip = system.D * u
+        skip = system.D * u if system.D.ndim == 1 else u @ system.D.mT
     return out + skip, final
 
 

@@ -19,7 +19,7 @@ from lrnnx_core import registry
 from lrnnx_core.discretize import EXPONENTIAL
 from lrnnx_core.registry import MODELS, Model, Variant
 
-FUNCTIONS = ("init", "init_state", "discretize", "kernel", "scan", "step")
+FUNCTIONS = registry.FUNCTIONS
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,7 +57,12 @@ class Case:
     @property
     def gap_scales_gain(self) -> bool:
         """Whether a gap scales the input too, unless ``state_only`` is asked for."""
-        return self.entry.timestep_modes[0] == "both"
+        return self.entry.timestep_modes[0] == "both" and self.scheme != "async"
+
+    @property
+    def drawn(self) -> bool:
+        """Whether `init` draws anything: every parameter of Centaurus' ``full`` is on a grid."""
+        return (self.entry.name, self.choices.get("variant")) != ("centaurus", "full")
 
     @property
     def invariant(self) -> bool:

@@ -67,10 +67,11 @@ def as_real(x: Tensor) -> Tensor:
 
 
 def draw(*shape: int, seed: int, complex_: bool = False, scale: float = 1.0) -> Tensor:
-    """Return normal numbers that depend on ``seed`` and nothing else."""
+    """Return normal numbers that depend on ``seed`` and nothing else, on the default device."""
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.complex128 if complex_ else torch.float64
-    return scale * torch.randn(*shape, generator=generator, dtype=dtype)
+    x = scale * torch.randn(*shape, generator=generator, dtype=dtype, device="cpu")
+    return x.to(torch.get_default_device())
 
 
 def scan_case(
@@ -233,7 +234,64 @@ def loop_conv1d(
     return torch.stack(outputs), torch.stack(window)
 
 
+def nodes_case(
+    op: str,
+    name: str,
+    v: tuple[int, ...],
+    nodes: tuple[int, ...],
+    a: tuple[int, ...] = (S,),
+    *,
+    complex_: str = "vz",
+    primary: bool = False,
+) -> Case:
+    """Return a case of `vandermonde` or `cauchy`; a signal u (L, S) brings the length."""
+
+    def inputs() -> tuple[Tensor, ...]:
+        z = draw(*nodes, seed=2, complex_="z" in complex_)
+        decay = -0.2 - 0.3 * z.real.abs()
+        tensors = [
+            draw(*v, seed=1, complex_="v" in complex_),
+            torch.complex(decay, z.imag) if z.is_complex() else decay,
+            draw(L, S, seed=3),
+        ]
+        return (*tensors, 0.5 + draw(*a, seed=4).abs()) if op == "cauchy" else tuple(tensors)
+
+    def function(v: Tensor, z: Tensor, u: Tensor, *rest: Tensor, backend: str = "auto") -> Tensor:
+        if op == "vandermonde":
+            return ops.vandermonde(v, z, u.shape[-2], backend=backend) * u
+        r = ops.cauchy(v, z, *rest, u.shape[-2], backend=backend)
+        return r * u.sum(-2)
+
+    return Case(name, function, inputs, primary)
+
+
+def projected_case(name: str, order: Any, *, complex_: str = "", primary: bool = False) -> Case:
+    def inputs() -> tuple[Tensor, ...]:
+        shapes = {"u": (2, L, S), "K": (L, 3), "B": (3, S), "C": (1, 3)}
+        return tuple(
+            draw(*shape, seed=i, complex_=n in complex_)
+            for i, (n, shape) in enumerate(shapes.items())
+        )
+
+    def function(u: Tensor, K: Tensor, B: Tensor, C: Tensor, *, backend: str = "auto") -> Tensor:
+        if backend == "reference":
+            full = (C * K.unsqueeze(1)) @ B.to(torch.promote_types(K.dtype, B.dtype))
+            return dense_convolution(u, full.real, True)
+        return ops.projected_convolution(u, K, B, C, order=order)
+
+    return Case(name, function, inputs, primary)
+
+
 CASES: dict[str, list[Case]] = {
+    "vandermonde": [
+        nodes_case("vandermonde", "rows", (3, S, 2), (S, 2), primary=True),
+        nodes_case("vandermonde", "rows and own z", (2, 1, S, 2), (3, S, 2)),
+        nodes_case("vandermonde", "real z, complex v", (S, 2), (S, 2), complex_="v"),
+    ],
+    "cauchy": [
+        nodes_case("cauchy", "rows", (3, S, 2), (S, 2), primary=True),
+        nodes_case("cauchy", "rows and own nodes", (2, 1, S, 1), (S, 1), (3, S), complex_="z"),
+    ],
     "causal_conv1d": [
         conv1d_case("plain", "bias", "tail"),
         conv1d_case("reset", "bias", "tail", "reset", taps=4),
@@ -278,6 +336,12 @@ CASES: dict[str, list[Case]] = {
         scan_case("complex a, real b and h0", complex_="a"),
         scan_case("real a and b, complex h0", complex_="h", reverse=True),
         scan_case("broadcast", a=(2, 1, 1, S), b=(3, L, 1), h0=(2, 1, S)),
+    ],
+    "projected_convolution": [
+        projected_case("real auto", "auto", primary=True),
+        projected_case("complex kernel", "kernel", complex_="KBC"),
+        projected_case("complex project", "project", complex_="KBC"),
+        projected_case("complex frequency", "frequency", complex_="KBC"),
     ],
 }
 

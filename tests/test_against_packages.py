@@ -1,14 +1,18 @@
 """Agreement with independent implementations from PyPI, given the same weights.
 
 s5-pytorch stores all of P (no conjugate halves, no factor 2) and computes in complex64; lru-pytorch
-has a dense D and loops in Python. Both are development dependencies, read by tests alone.
+has a dense D and loops in Python; attenuate has Centaurus' pointwise variant in float32. They are
+development dependencies, read by tests alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
+import sys
 import warnings
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ import torch
 from model_cases import error, normal
 from torch import Tensor
 
-from lrnnx_core import lru, s5
+from lrnnx_core import centaurus, lru, s5
 
 NEAR = 5e-6  # their arithmetic is complex64; ours here is float64
 H, P, L = 4, 8, 24
@@ -185,3 +189,84 @@ def test_gradients_agree_with_lru_pytorch(lru_package: Any) -> None:
         got = torch.complex(params[f"{key}_re"].grad, params[f"{key}_im"].grad)
         assert error(got, want.to(torch.complex128)) < 1e-5, key
     assert error(params["D"].grad, layer.D.grad.diagonal().double()) < 1e-5
+
+
+# --------------------------------------------------------------------------------- Centaurus
+
+
+@pytest.fixture(scope="module")
+def attenuate_package() -> Any:
+    """Return attenuate (aTENNuate, Apache-2.0); its audio libraries are empty stand-ins.
+
+    ``make setup`` installs it without its dependencies.
+    """
+    stand_ins = {name: ModuleType(name) for name in ("librosa", "torchaudio")}
+    missing = {k: v for k, v in stand_ins.items() if importlib.util.find_spec(k) is None}
+    strategy = torch.backends.opt_einsum.strategy
+    sys.modules.update(missing)
+    try:
+        yield pytest.importorskip("attenuate.model")
+    finally:
+        for name in missing:
+            del sys.modules[name]
+        torch.backends.opt_einsum.strategy = strategy  # which its layers set
+
+
+# Their rule takes another order of contraction for each of these: batch, inputs, outputs, blocks.
+BRANCHES = {
+    "full kernel": (6, 2, 3, 4),
+    "project first": (1, 20, 5, 3),
+    "frequency domain, wide": (2, 5, 7, 4),
+    "frequency domain, narrow": (12, 4, 5, 3),
+}
+COEFFICIENTS = 4
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_centaurus_pointwise_agrees_with_attenuate(
+    attenuate_package: Any, branch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, d_in, d_out, blocks = BRANCHES[branch]
+    torch.manual_seed(0)
+    layer = attenuate_package.SSMLayer(COEFFICIENTS, d_in, d_out, blocks)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    A = layer.A.detach().unflatten(0, (blocks, COEFFICIENTS)).double()
+    params = {
+        "A_raw": A[..., 0], "A_im": A[..., 1],
+        "log_dt": layer.log_dt.detach().reshape(blocks, COEFFICIENTS).double(),
+        "B": layer.B.detach().double(), "C": layer.C.detach().double(),
+    }  # fmt: skip
+    fresh = centaurus.init(
+        d_in, blocks, variant="pointwise", sub_state_dim=COEFFICIENTS, d_out=d_out, tied_dt=False
+    )
+    assert {k: v.shape for k, v in fresh.items()} == {k: v.shape for k, v in params.items()}
+    convolved = []
+    theirs = attenuate_package.fft_conv
+    monkeypatch.setattr(
+        attenuate_package, "fft_conv", lambda e, *x: convolved.append(e) or theirs(e, *x)
+    )
+    u = normal(batch, 40, d_in)
+    with torch.no_grad():
+        want = layer(u.mT.float()).mT
+    assert convolved == [
+        {"full kernel": "bcl,dcl->bdl", "project first": "bnl,nl->bnl"}.get(
+            branch, "bcl,nl,nc,dn->bdl"
+        )
+    ]
+    for mode in ("conv", "scan", "recurrent"):
+        y, _ = centaurus.scan(params, u, variant="pointwise", mode=mode)
+        assert error(y, want.double()) < NEAR, mode
+
+
+def test_centaurus_pointwise_starts_as_attenuate(attenuate_package: Any) -> None:
+    layer = attenuate_package.SSMLayer(COEFFICIENTS, 5, 200, 6)
+    ours = centaurus.init(
+        5, 6, variant="pointwise", sub_state_dim=COEFFICIENTS, d_out=200, tied_dt=False
+    )
+    assert error(ours["A_raw"].flatten(), layer.A.detach()[:, 0].double()) < 1e-6
+    assert error(ours["A_im"].flatten(), layer.A.detach()[:, 1].double()) < 1e-6
+    assert error(ours["log_dt"].flatten(), layer.log_dt.detach().double()) < 1e-6
+    assert error(ours["B"], layer.B.detach().double()) < 1e-6
+    assert float(ours["C"].std() / layer.C.detach().std()) == pytest.approx(1, rel=0.05)

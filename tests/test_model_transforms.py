@@ -259,13 +259,16 @@ def test_an_ensemble_is_a_stacked_dict_of_parameters(case: Case) -> None:
 
 
 @every_case
-def test_kernel_and_discretize_under_grad_vmap_and_two_forward_levels(case: Case) -> None:
+def test_the_other_functions_under_grad_vmap_and_two_forward_levels(case: Case) -> None:
     params = case.params(H, N)
     keys = list(params)
     _, *v = case.discretized(params, d_model=H)
     functions: list[Callable[..., Any]] = [lambda p: case.model.discretize(p, *v)]
     if case.entry.kernel is not None:
         functions.append(lambda p: case.model.kernel(p, L))
+    if case.entry.frequency_response is not None:
+        omega = torch.linspace(-1, 3, 4, dtype=torch.float64)
+        functions.append(lambda p: case.model.frequency_response(p, omega))
     for function in functions:
 
         def f(*x: Tensor, function: Any = function) -> tuple[Tensor, ...]:

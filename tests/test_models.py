@@ -133,6 +133,12 @@ def at_length(case: Case, length: int) -> tuple[Any, Any, Any, Any]:
     return params, u, state, case.model.scan(wide, u.double(), widen(state), mode="recurrent")
 
 
+def rounding(case: Case, params: Any) -> float:
+    """Return how far rounding A_bar to float32 moves the state of the slowest mode."""
+    A_bar = case.model.discretize(params)[0].to(torch.complex128)
+    return torch.finfo(F32).eps / (1 - float(A_bar.abs().max()))
+
+
 @in_each_dtype
 @pytest.mark.parametrize(
     ("case", "length"),
@@ -160,7 +166,7 @@ def test_every_way_of_running_agrees_at_every_length(
         plain = case.model.scan(params, u, state, mode="recurrent")
         off = map(error, remembered(plain[1]), remembered(want[1]))
         allowed[1] = max(allowed[1], *(2 * e for e in off))
-        assert allowed[1] < 5e-5
+        assert allowed[1] < (max(5e-5, rounding(case, params)) if case.invariant else 5e-5)
     for name, way in ways(case, length, loops=length <= 257).items():
         got = way(params, u, state)
         for part, a, b, rtol in zip(("y", "state"), got, want, allowed, strict=True):
@@ -239,13 +245,13 @@ def test_chunks_of_odd_sizes_carry_the_state_across(case: Case) -> None:
 def test_the_kernel_is_the_response_to_an_impulse(case: Case) -> None:
     params, m, length = case.params(), case.model, 6
     K = m.kernel(params, length)
-    params = params | {"D": torch.zeros_like(params["D"])}
+    params = {k: torch.zeros_like(v) if k == "D" else v for k, v in params.items()}
     u = torch.zeros(3, 2 * length - 1, 3, dtype=F64)
     for h in range(3):
         u[h, length - 1, h] = 1  # one impulse a channel, in the middle
     y, _ = m.scan(params, u, mode="recurrent")
-    y = y.unflatten(-1, (-1, 3))  # (input, t, channels, output)
     if case.entry.connectivity == "siso":
+        y = y.unflatten(-1, (-1, 3))  # (input, t, channels, output)
         response = torch.stack([y[h, :, :, h] for h in range(3)], dim=-1)  # (t, Ch, H)
         response = response.movedim(1, 0)
         response = response if params["D"].ndim == 2 else response[0]
@@ -255,7 +261,7 @@ def test_the_kernel_is_the_response_to_an_impulse(case: Case) -> None:
         if case.bidirectional:  # the second kernel starts at the next sample
             assert_agree(future.flip(-2), K[1][..., :-1, :], EXACT, "anticausal half")
     else:
-        response = y[:, :, 0].movedim(0, -1)  # (t, out, in)
+        response = y.movedim(0, -1)  # (t, out, in)
         past, future = response[length - 1 :], response[:length].flip(0)
         if case.bidirectional:  # both directions count the current sample
             past = torch.cat([past[:1] - K[1][:1], past[1:]])
@@ -744,8 +750,8 @@ def test_bidirectional_is_the_sum_of_both_directions(case: Case) -> None:
     plain = {k: v for k, v in case.choices.items() if k != "bidirectional"}
     options = {k: v for k, v in plain.items() if k in registry.options(m, "scan")}
     one_way = {k: v for k, v in params.items() if not k.startswith("C2")}
-    other = one_way | {k: params[k.replace("C_", "C2_")] for k in ("C_re", "C_im") if k in params}
-    other["D"] = torch.zeros_like(params["D"])
+    other = one_way | {k.replace("C2", "C"): v for k, v in params.items() if k.startswith("C2")}
+    other |= {k: torch.zeros_like(v) for k, v in params.items() if k == "D"}
     forward, last = m.scan(one_way, u, **options)
     backward = m.scan(other, u.flip(1), **options)[0].flip(1)
     if m.connectivity == "siso":  # the reverse half starts at the next sample
@@ -1071,10 +1077,8 @@ def test_bidirectional_models_take_no_state_and_need_their_parameters(case: Case
         "bidirectional model reads whole sequences; state must be None", m.scan, params, u, state
     )
     one_way = {k: v for k, v in params.items() if not k.startswith("C2")}
-    refuses(
-        r"params have no C2_re.*; make them with init\(bidirectional=True\)", m.scan, one_way, u
-    )
-    refuses("params have no C2_re", m.kernel, one_way, 5)
+    refuses(r"params have no C2.*; make them with init\(bidirectional=True\)", m.scan, one_way, u)
+    refuses("params have no C2", m.kernel, one_way, 5)
 
 
 @every_model

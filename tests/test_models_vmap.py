@@ -30,7 +30,7 @@ from torch.func import grad, jvp, vmap
 from lrnnx_core.registry import MODELS
 
 SAME = 1e-12
-RUNNING = ("discretize", "kernel", "scan", "step")
+RUNNING = ("discretize", "kernel", "frequency_response", "scan", "step")
 
 
 def numbers(function: Callable[..., Any] | None) -> list[str]:
@@ -141,6 +141,7 @@ def caller(case: Case, function: str, option: str) -> Callable[[Tensor], Any]:
     arguments: dict[str, tuple[Any, ...]] = {
         "discretize": case.discretized(params),
         "kernel": (params, 6),
+        "frequency_response": (params, torch.tensor([0.5, 2.0], dtype=torch.float64)),
         "scan": (params, u, state),
         "step": (params, u[:, 0], state),
     }

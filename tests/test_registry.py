@@ -14,7 +14,7 @@ import torch
 from model_cases import FUNCTIONS, Case, assert_agree, every_case, every_model, normal
 
 import lrnnx_core
-from lrnnx_core import checks, discretize, initialize, models, ops, registry, sequences
+from lrnnx_core import checks, discretize, frequency, initialize, models, ops, registry, sequences
 from lrnnx_core.registry import MODELS, Model
 
 # design: `f(*these, *, options)` for every model; the rest are options
@@ -23,6 +23,7 @@ POSITIONAL: dict[str, list[str]] = {
     "init_state": ["params", "batch_shape"],
     "discretize": ["params"],
     "kernel": ["params", "length"],
+    "frequency_response": ["params", "omega"],
     "scan": ["params", "u", "state"],
     "step": ["params", "u_t", "state"],
 }
@@ -30,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "init": {"generator": None, "device": None, "dtype": None},
     "discretize": {"discretization": None, "dt_scale": 1.0},
     "kernel": {"discretization": None, "dt_scale": 1.0},
+    "frequency_response": {"discretization": None, "dt_scale": 1.0},
     "scan": {
         "integration_timesteps": None, "lengths": None, "mask": None, "reset": None,
         "discretization": None, "dt_scale": 1.0, "mode": "auto", "kernel": None,
@@ -100,6 +102,7 @@ def test_facts_are_complete(entry: Model) -> None:
     assert entry.kind in ("lti", "ltv")
     assert entry.connectivity in ("siso", "mimo")
     assert (entry.kernel is not None) == (entry.kind == "lti")
+    assert (entry.frequency_response is not None) == (entry.kind == "lti")
     assert {"auto", "recurrent"} <= set(entry.modes)
     assert entry.discretizations
     assert set(entry.discretizations) <= set(discretize.NAMES)
@@ -209,7 +212,8 @@ def test_options_of_calls_are_known_wherever_they_matter(entry: Model) -> None:
     both = registry.options(entry, "discretize") - placed
     assert both <= scan
     if entry.kernel is not None:
-        assert both <= registry.options(entry, "kernel")
+        kernel = registry.options(entry, "kernel")
+        assert both <= kernel == registry.options(entry, "frequency_response")
 
 
 @every_model
@@ -228,6 +232,7 @@ PUBLIC = [
     for module in [
         checks,
         discretize,
+        frequency,
         initialize,
         sequences,
         registry,

@@ -282,7 +282,8 @@ def test_inductor_function(case: Case, name: str) -> None:
 @pytest.mark.parametrize("name", table.COMPILED)
 @primary_case
 def test_inductor_transform(case: Case, name: str, request: pytest.FixtureRequest) -> None:
-    if case in op_cases.CASES["causal_convolution"] and name == "hessian":
+    by_fft = op_cases.CASES["causal_convolution"] + op_cases.CASES["projected_convolution"]
+    if case in by_fft and name == "hessian":
         # PyTorch 2.13: the same function written with torch.fft alone is wrong there too, without
         # a word (test below). Strict: this fails once PyTorch is mended.
         request.applymarker(pytest.mark.xfail(reason="inductor miscompiles Hessians of an rfft"))

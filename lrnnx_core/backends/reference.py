@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,32 @@ def linear_scan(
         steps[t] = h
     hs = torch.stack(steps, dim=-2) if length else b.to(dtype)
     return hs.to(b.dtype), h
+
+
+def state_scan(
+    advance: Callable[[int, Tensor, Tensor], Tensor],
+    read: Callable[[Tensor], Tensor],
+    u: Tensor,
+    h: Tensor,
+    reset: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run any recurrence h_t = advance(t, h_{t-1}, u_t), y_t = read(h_t), step by step.
+
+    u (..., L, H) with L >= 1, h (..., *S); reset and mask (..., L): cleared before, passed over.
+    """
+    outputs: list[Tensor] = []
+
+    def at(flags: Tensor, t: int) -> Tensor:
+        flags = flags.select(-1, t)
+        return flags.reshape(flags.shape + (1,) * (h.ndim - u.ndim + 2))
+
+    for t, u_t in enumerate(u.unbind(-2)):
+        start = h if reset is None else torch.where(at(reset, t), torch.zeros_like(h), h)
+        new = advance(t, start, u_t)
+        h = new if mask is None else torch.where(at(mask, t), new, start)
+        outputs.append(read(h))
+    return torch.stack(outputs, dim=u.ndim - 2), h
 
 
 def selective_scan(

@@ -105,11 +105,13 @@ def check_lti_run(
     mode: Mode,
     bidirectional: bool,
     kernel: Tensor | None,
+    *,
+    second: str = "C2_re",
 ) -> None:
     """Raise what the scans of all time-invariant models refuse alike."""
     check_choice(where, "mode", mode, LTI_MODES)
     if bidirectional:
-        check_directions(where, params)
+        check_directions(where, params, second)
         if state is not None:
             raise ValueError(
                 f"{where}: a bidirectional model reads whole sequences; state must be None"
@@ -127,9 +129,9 @@ def check_lti_run(
             raise ValueError(f"{where}: kernel is for mode 'conv' or 'auto', got {mode!r}")
 
 
-def check_directions(where: str, params: Params) -> None:
-    """Raise unless params hold the readout of the reverse direction."""
-    check_keys(where, params, ("C2_re",), "make them with init(bidirectional=True)")
+def check_directions(where: str, params: Params, second: str = "C2_re") -> None:
+    """Raise unless params hold the readout of the reverse direction, under the key ``second``."""
+    check_keys(where, params, (second,), "make them with init(bidirectional=True)")
 
 
 def check_keys(where: str, params: Params, keys: Iterable[str], hint: str) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrnnx_core.models._auto import chunk_length, in_chunks, prefers_convolution, refuse_chunks
 from lrnnx_core.models._common import (
     check_directions,
     check_discrete,
@@ -24,8 +25,9 @@ from lrnnx_core.models._common import (
     check_steady,
     compute_dtype,
     full_precision,
+    pair,
 )
-from lrnnx_core.ops import causal_convolution, linear_scan
+from lrnnx_core.ops import causal_convolution, linear_scan, projected_convolution
 from lrnnx_core.ops.powers import powers
 from lrnnx_core.sequences import Layout, align_right, at_length
 from lrnnx_core.types import Discrete, Mode, Params
@@ -75,14 +77,16 @@ def scan(
     scale: float,
     bidirectional: bool,
     kernel: Tensor | None,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a model over u (..., L, H); return y (..., L, H_out) and the final state (..., P).
 
     ``recurrence(dtype, timesteps)`` discretizes. Backwards, a bidirectional model runs the same
     recurrence over the flipped sequence and reads it with C2.
     """
-    _check(where, params, u, state, layout, mode, bidirectional, kernel)
     length = u.shape[-2]
+    size = chunk_length(where, chunk_size, u)
+    _check(where, params, u, state, layout, mode, bidirectional, kernel, size)
     with full_precision(u.device):
         dtype = compute_dtype(params, u, state)
         x = u.to(dtype)
@@ -93,23 +97,33 @@ def scan(
         if layout.timesteps is None and r.A_bar.ndim > 1:
             convolves = mode == "conv" or kernel is not None
             check_steady(where, r.A_bar, backwards=bidirectional, convolves=convolves)
-        b = r.drive(x)
-        if state is None:
-            state = torch.zeros_like(b[..., 0, :]) if length else b.sum(-2)
+        if mode == "auto":
+            steady = layout.uniform and r.A_bar.ndim == 1
+            convolves = steady and prefers_convolution("mimo", u, r.A_bar.shape[-1])
+            asked = kernel is not None or (steady and chunk_size is not None)
+            mode = "conv" if asked or convolves else "scan"
+        if chunk_size is not None and mode != "conv":
+            refuse_chunks(where, chunk_size)
+        if mode == "conv":
+            K = None if kernel is None else kernel.to(dtype)
+            forward, backward = (K, None) if K is None or not bidirectional else K
+            y, last = _convolve(params, "C", r, x, state, layout, forward, scale, size)
+            if bidirectional:
+                # flipped, right padding is on the left: its zeros leave the zero state untouched
+                flipped, whole = x.flip(-2), layout._replace(lengths=None)
+                y2, _ = _convolve(params, "C2", r, flipped, None, whole, backward, scale, size)
+                y = y + y2.flip(-2)
         else:
-            state = state.to(b.dtype)
-        if kernel is None:
-            h, last = _states(r, b, state, layout, mode)
+            b = r.drive(x)
+            if state is None:
+                state = torch.zeros_like(b[..., 0, :]) if length else b.sum(-2)
+            h, last = _states(r, b, state.to(b.dtype), layout, mode)
             y = readout(params, "C", h, scale)
             if bidirectional:
                 y = y + readout(
                     params, "C2", _backward_states(r, recurrence, x, layout, mode), scale
                 )
-        else:
-            y, last = _by_kernel(
-                params, r, x, b, state, layout, kernel.to(dtype), scale, bidirectional
-            )
-        y = y + params["D"].to(dtype) * x
+        y = y + feedthrough(params, x)
         if valid is not None:
             y = torch.where(valid.unsqueeze(-1), y, torch.zeros_like(y))
         return y.to(u.dtype), last
@@ -134,7 +148,7 @@ def step(
         r = recurrence(dtype, None)
         b = r.drive(x)
         state = r.A_bar * state.to(b.dtype) + b
-        y = readout(params, "C", state, scale) + params["D"].to(dtype) * x
+        y = readout(params, "C", state, scale) + feedthrough(params, x)
         return y.to(u_t.dtype), state
 
 
@@ -171,6 +185,12 @@ def readout(params: Params, key: str, h: Tensor, scale: float) -> Tensor:
     return scale * (h.real @ re.mT - h.imag @ im.mT)
 
 
+def feedthrough(params: Params, x: Tensor) -> Tensor:
+    """Return D x for D (H,), or a matrix (H_out, H)."""
+    D = params["D"].to(x.dtype)
+    return D * x if D.ndim == 1 else x @ D.mT
+
+
 def given(
     discrete: Discrete, where: str, params: Params, dtype: torch.dtype, timesteps: Tensor | None
 ) -> Recurrence:
@@ -191,6 +211,7 @@ def _check(
     mode: Mode,
     bidirectional: bool,
     kernel: Tensor | None,
+    at_least: int,
 ) -> None:
     check_lti_run(
         where, params, u, state, params["B_re"].shape[:1], layout, mode, bidirectional, kernel
@@ -198,10 +219,10 @@ def _check(
     if kernel is not None:
         shape = (*params["C_re"].shape[:1], *params["B_re"].shape[1:])
         rank = 3 + bidirectional
-        if kernel.ndim != rank or kernel.shape[-2:] != shape or kernel.shape[-3] < u.shape[-2]:
+        if kernel.ndim != rank or kernel.shape[-2:] != shape or kernel.shape[-3] < at_least:
             raise ValueError(
                 f"{where}: kernel {tuple(kernel.shape)}, expected {(2,) * bidirectional} + "
-                f"(>= {u.shape[-2]}, {shape[0]}, {shape[1]})"
+                f"(>= {at_least}, {shape[0]}, {shape[1]})"
             )
 
 
@@ -210,16 +231,11 @@ def _states(
 ) -> tuple[Tensor, Tensor]:
     """Return all states (..., L, P) and the final one (..., P)."""
     length = b.shape[-2]
-    if mode == "conv":
-        table = r.table(length)
-        h = causal_convolution(b, table) + table * (r.A_bar * state).unsqueeze(-2)
-        last = h[..., -1, :] if length else state
-    else:
-        a = r.A_bar.unsqueeze(-2) if r.A_bar.ndim == 1 else r.A_bar
-        if layout.mask is not None:
-            a = torch.where(layout.mask.unsqueeze(-1), a, torch.ones_like(a))
-        backend = "reference" if mode == "recurrent" else "auto"
-        h, last = linear_scan(a, b, state, reset=layout.resets(length), backend=backend)
+    a = r.A_bar.unsqueeze(-2) if r.A_bar.ndim == 1 else r.A_bar
+    if layout.mask is not None:
+        a = torch.where(layout.mask.unsqueeze(-1), a, torch.ones_like(a))
+    backend = "reference" if mode == "recurrent" else "auto"
+    h, last = linear_scan(a, b, state, reset=layout.resets(length), backend=backend)
     if layout.lengths is not None:
         last = at_length(h, layout.lengths, state)
     return h, last
@@ -243,27 +259,41 @@ def _backward_states(
     return _states(r, b, zero, flipped, mode)[0].flip(-2)
 
 
-def _by_kernel(
+def _convolve(
     params: Params,
+    key: str,
     r: Recurrence,
     x: Tensor,
-    b: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     layout: Layout,
-    kernel: Tensor,
+    kernel: Tensor | None,
     scale: float,
-    bidirectional: bool,
+    size: int,
 ) -> tuple[Tensor, Tensor]:
-    length = x.shape[-2]
-    table = r.table(length + 1)
-    response = readout(params, "C", table[1:] * state.unsqueeze(-2), scale)
-    forward = kernel[0] if bidirectional else kernel
-    y = causal_convolution(x, forward, mimo=True) + response
-    if bidirectional:
-        y = y + causal_convolution(x.flip(-2), kernel[1], mimo=True).flip(-2)
-    if layout.lengths is not None:
-        b, decay = align_right(b, layout.lengths), table[layout.lengths]
-    else:
-        decay = table[length]
-    last = decay * state + (table[:length].flip(0) * b).sum(-2)
-    return y, last
+    """Return y without D and the final state of one direction, by convolution.
+
+    Without a kernel C (A_bar^t * (B u)) is contracted in the cheapest order. Nothing of size L P a
+    row is built here. A convolution takes ``size`` samples at once.
+    """
+    table, B_bar = r.table(size + 1), r.B_bar()
+    C = scale * pair(params, key, x.dtype)
+
+    def run(x: Tensor, state: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+        length = x.shape[-2]
+        responses = table[:length]
+        if kernel is None:
+            y = projected_convolution(x, responses, B_bar, C)
+        else:
+            y = causal_convolution(x, kernel, mimo=True)
+        input_, decay = x, table[length]
+        if layout.lengths is not None:
+            input_, decay = align_right(x, layout.lengths), table[layout.lengths]
+        late = responses.flip(0).mT
+        last = (torch.complex(late.real @ input_, late.imag @ input_) * B_bar).sum(-1)
+        if state is not None:
+            state = state.to(last.dtype)
+            y = y + readout(params, key, table[1 : length + 1] * state.unsqueeze(-2), scale)
+            last = last + decay * state
+        return y, last
+
+    return in_chunks(run, x, state, layout, size)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrnnx_core.models._auto import chunk_length, in_chunks, prefers_convolution, refuse_chunks
 from lrnnx_core.models._common import (
     check_directions,
     check_discrete,
@@ -25,14 +26,10 @@ from lrnnx_core.models._common import (
     compute_dtype,
     full_precision,
 )
-from lrnnx_core.ops import causal_convolution, linear_scan
+from lrnnx_core.ops import causal_convolution, linear_scan, vandermonde
 from lrnnx_core.ops.powers import Powers, accumulate, evaluate, powers
 from lrnnx_core.sequences import Layout, align_right, at_length
 from lrnnx_core.types import Discrete, Mode, Params
-
-# Up to this length a scan of all states is cheaper than a kernel and three FFTs: on a CPU (plain
-# torch, 1 thread) the two cross between 16 and 32, for H 32 ... 128 and N 16 ... 64.
-SCAN_LENGTH = 16
 
 
 class Recurrence(NamedTuple):
@@ -46,6 +43,12 @@ class Recurrence(NamedTuple):
         """Return the powers of A_bar up to ``length``."""
         return powers(length, a=self.A_bar, z=self.z)
 
+    def response(self, v: Tensor, length: int, p: Powers | None = None) -> Tensor:
+        """Return Re sum_n v_n A_bar_n^t, t = 0 ... length - 1: (..., H, M) -> (..., length, H)."""
+        if self.z is not None:
+            return vandermonde(v, self.z, length)
+        return evaluate(v, self.powers(length) if p is None else p, length)
+
 
 def scan(
     where: str,
@@ -58,6 +61,7 @@ def scan(
     mode: Mode,
     bidirectional: bool,
     kernel: Tensor | None,
+    chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Run a model over u (..., L, H); return y (..., L, [Ch] H) and the final state (..., H, M).
 
@@ -65,8 +69,9 @@ def scan(
     recurrence over the flipped sequence, reads it with C2 and moves the result one sample on, so
     that the current sample counts once.
     """
-    _check(where, params, u, state, layout, mode, bidirectional, kernel)
     length = u.shape[-2]
+    size = chunk_length(where, chunk_size, u)
+    _check(where, params, u, state, layout, mode, bidirectional, kernel, size)
     with full_precision(u.device):
         dtype = compute_dtype(params, u, state)
         x = u.to(dtype)
@@ -79,12 +84,15 @@ def scan(
             convolves = mode == "conv" or kernel is not None
             check_steady(where, r.A_bar, backwards=bidirectional, convolves=convolves)
         if mode == "auto":
-            mode = "conv" if kernel is not None or (steady and length > SCAN_LENGTH) else "scan"
-        shape = x.shape[:-2] + state_shape(params)
-        h0 = r.B_bar.new_zeros(shape) if state is None else state.to(r.B_bar.dtype)
+            states = r.A_bar.shape[-1]
+            convolves = kernel is not None or (steady and prefers_convolution("siso", u, states))
+            mode = "conv" if convolves or (steady and chunk_size is not None) else "scan"
+        if chunk_size is not None and mode != "conv":
+            refuse_chunks(where, chunk_size)
+        h0 = None if state is None else state.to(r.B_bar.dtype)
         K = None if kernel is None else kernel.to(dtype)
         forward = K if K is None or not bidirectional else K[0]
-        y, last = _run(r, _readout(params, "C", dtype), x, h0, layout, mode, forward)
+        y, last = _run(r, _readout(params, "C", dtype), x, h0, layout, mode, forward, size)
         if bidirectional:
             flipped = layout.reversed(length)
             if layout.mask is None:
@@ -93,8 +101,8 @@ def scan(
             if flipped.timesteps is not None:
                 r = recurrence(dtype, flipped.timesteps)
             C2 = _readout(params, "C2", dtype)
-            back, zero = None if K is None else K[1], torch.zeros_like(h0)
-            y2, _ = _run(r, C2, x.flip(-2), zero, flipped, mode, back)
+            back = None if K is None else K[1]
+            y2, _ = _run(r, C2, x.flip(-2), None, flipped, mode, back, size)
             y2 = y2.flip(-2)
             y2 = torch.cat([y2[..., 1:, :], torch.zeros_like(y2[..., :1, :])], dim=-2)
             if flipped.reset is not None:  # the next sample belongs to another document
@@ -135,11 +143,11 @@ def kernel(
     """Return K_t = s Re(sum_n C_n A_bar_n^t B_bar_n): (L, H), (Ch, L, H), or with a leading 2."""
     if length < 1:
         raise ValueError(f"{where}: length = {length}, expected >= 1")
-    p = r.powers(length)
+    p = r.powers(length) if r.z is None else None
 
     def one(key: str) -> Tensor:
         C = _readout(params, key, r.B_bar.real.dtype)
-        return evaluate(C * r.B_bar, p, length)
+        return r.response(C * r.B_bar, length, p)
 
     if bidirectional:
         check_directions(where, params)
@@ -186,37 +194,38 @@ def _run(
     r: Recurrence,
     C: Tensor,
     x: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     layout: Layout,
     mode: Mode,
     kernel: Tensor | None,
+    size: int,
 ) -> tuple[Tensor, Tensor]:
     """Return y (..., L, Ch H) without D, and the final state, in one direction."""
-    return (_convolve if mode == "conv" else _recur)(r, C, x, state, layout, mode, kernel)
+    if mode != "conv":
+        h0 = r.B_bar.new_zeros(x.shape[:-2] + C.shape[-2:]) if state is None else state
+        return _recur(r, C, x, h0, layout, mode)
+    p = r.powers(size)
+    K = r.response(C * r.B_bar, size, p) if kernel is None else kernel[..., :size, :]
+    K = K.unsqueeze(0) if K.ndim == 2 else K
+
+    def run(x: Tensor, state: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
+        return _convolve(r, C, x, state, layout, p, K)
+
+    return in_chunks(run, x, state, layout, size)
 
 
 def _convolve(
-    r: Recurrence,
-    C: Tensor,
-    x: Tensor,
-    state: Tensor,
-    layout: Layout,
-    mode: Mode,
-    kernel: Tensor | None,
+    r: Recurrence, C: Tensor, x: Tensor, state: Tensor | None, layout: Layout, p: Powers, K: Tensor
 ) -> tuple[Tensor, Tensor]:
     length = x.shape[-2]
-    p = r.powers(length)
-    K = evaluate(C * r.B_bar, p, length) if kernel is None else kernel
-    if K.ndim == 2:
-        K = K.unsqueeze(0)
-    # the response to the initial state is a kernel too, with coefficients C A_bar x_0
-    response = evaluate(C * (r.A_bar * state).unsqueeze(-3), p, length)
-    y = causal_convolution(x.unsqueeze(-3), K) + response
-    if layout.lengths is None:
-        late, decay = x, p.at(torch.tensor(length, device=x.device))
-    else:
-        late, decay = align_right(x, layout.lengths), p.at(layout.lengths)
-    last = decay * state + r.B_bar * accumulate(late, p)
+    late = x if layout.lengths is None else align_right(x, layout.lengths)
+    last = r.B_bar * accumulate(late, p)
+    y = causal_convolution(x.unsqueeze(-3), K)
+    if state is not None:
+        # the response to the initial state is a kernel too, with coefficients C A_bar x_0
+        y = y + evaluate(C * (r.A_bar * state).unsqueeze(-3), p, length)
+        every = torch.tensor(length, device=x.device)
+        last = p.at(every if layout.lengths is None else layout.lengths) * state + last
     return _flat(y.movedim(-3, -2)), last
 
 
@@ -227,7 +236,6 @@ def _recur(
     state: Tensor,
     layout: Layout,
     mode: Mode,
-    kernel: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     length, (size, states) = x.shape[-2], C.shape[-2:]
     a = r.A_bar.flatten(-2)
@@ -259,11 +267,12 @@ def _check(
     mode: Mode,
     bidirectional: bool,
     kernel: Tensor | None,
+    at_least: int,
 ) -> None:
     check_lti_run(where, params, u, state, state_shape(params), layout, mode, bidirectional, kernel)
     if kernel is not None:
         shape = (2,) * bidirectional + params["D"].shape[:-1]
-        at_least, width = u.shape[-2], params["D"].shape[-1]
+        width = params["D"].shape[-1]
         lead, tail = kernel.shape[:-2], kernel.shape[-2:]
         if lead != shape or len(tail) < 2 or tail[0] < at_least or tail[1] != width:
             raise ValueError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lrnnx_core import initialize
-from lrnnx_core.models import _mimo
+from lrnnx_core.models import _mimo, _response
 from lrnnx_core.models._common import (
     check_choice,
     check_input,
@@ -162,6 +162,40 @@ def kernel(
     return _mimo.kernel("lru.kernel", params, length, r, scale=1.0, bidirectional=bidirectional)
 
 
+def frequency_response(
+    params: Params,
+    omega: Tensor,
+    *,
+    discretization: Literal["none"] | None = None,
+    dt_scale: Number = 1.0,
+    bidirectional: bool = False,
+) -> Tensor:
+    """Return the transform D + sum_t Re(C lambda^t gamma B) exp(-i omega t), in closed form.
+
+    Args:
+        params: from `init`.
+        omega: (...), real, in radians a sample: 2 pi times the frequency over the sampling rate.
+            A float64 one computes in float64.
+        discretization: see `discretize`.
+        dt_scale: see `discretize`.
+        bidirectional: add the reverse direction; both count the current sample.
+
+    Returns:
+        H (..., H, H), out by in, complex.
+
+    Raises:
+        ValueError: an omega that is not real, another choice, no C2 in params.
+
+    Source: the transform of `kernel`, a geometric series for each state.
+    """
+    where = "lru.frequency_response"
+
+    def recurrence(dtype: torch.dtype) -> _mimo.Recurrence:
+        return _recurrence(where, params, dtype, None, "state_only", discretization, dt_scale)
+
+    return _response.mimo(where, params, omega, recurrence, scale=1.0, bidirectional=bidirectional)
+
+
 def scan(
     params: Params,
     u: Tensor,
@@ -178,6 +212,7 @@ def scan(
     mode: Mode = "auto",
     kernel: Tensor | None = None,
     discrete: Discrete | None = None,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the model over a sequence.
 
@@ -193,10 +228,14 @@ def scan(
         discretization: see `discretize`.
         dt_scale: see `discretize`.
         bidirectional: add the reverse direction, read with C2; both count the current sample.
-        mode: ``scan``; ``conv`` (FFT over the state's impulse responses); ``recurrent`` (a loop,
-            the specification); ``auto`` = ``scan``.
-        kernel: from `kernel`, at least L long, to be convolved with instead.
+        mode: ``scan``; ``conv`` (FFT, projections included, in the cheapest order: see
+            `lrnnx_core.ops.projected_convolution`); ``recurrent`` (a loop, the specification);
+            ``auto`` = ``scan``.
+        kernel: from `kernel`, to be convolved with instead; as long as L or ``chunk_size``.
         discrete: (A_bar, B_bar) from `discretize`, to be used instead of discretizing.
+        chunk_size: samples that a convolution takes at once, the state carried between them; what
+            it needs beside input and output does not grow with L then. None: all, or chunks of
+            4096 (65536 on a GPU) where L is at least twice that.
 
     Returns:
         y (..., L, H) in u's dtype, and the final state (..., N) complex, at least complex64 (of the
@@ -204,7 +243,8 @@ def scan(
 
     Raises:
         ValueError: shapes, dtypes, devices or choices that do not fit; a state with
-            ``bidirectional``; ``conv`` with timesteps, mask or reset.
+            ``bidirectional``; ``conv`` or ``chunk_size`` with timesteps,
+            mask or reset.
 
     Source: Orvieto et al. 2023, section 3 and appendix A.
     """
@@ -225,6 +265,7 @@ def scan(
     return _mimo.scan(
         "lru.scan", params, u, state, recurrence, layout=seq, mode=mode, scale=1.0,
         bidirectional=bidirectional, kernel=kernel,
+        chunk_size=chunk_size,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lrnnx_core import initialize
 from lrnnx_core.discretize import EXPONENTIAL, resolve
 from lrnnx_core.discretize import discretize as discretize_diagonal
-from lrnnx_core.models import _siso
+from lrnnx_core.models import _response, _siso
 from lrnnx_core.models._common import (
     check_choice,
     check_input,
@@ -29,6 +29,15 @@ from lrnnx_core.models._common import (
     full_precision,
     pair,
     zero_state,
+)
+from lrnnx_core.models._transforms import (
+    RealTransform,
+    StepTransform,
+    check_transforms,
+    raw_real_part,
+    raw_step_size,
+    real_part,
+    step_size,
 )
 from lrnnx_core.sequences import layout
 from lrnnx_core.types import Discrete, Discretization, Mode, Number, Params, TimestepMode
@@ -49,6 +58,8 @@ def init(
     bidirectional: bool = False,
     dt_min: Number = 1e-3,
     dt_max: Number = 1e-1,
+    dt_transform: StepTransform = "exp",
+    A_transform: RealTransform = "exp",
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -69,6 +80,10 @@ def init(
         bidirectional: add C2, the readout of the reverse direction.
         dt_min: smallest initial step; log dt is uniform up to log dt_max.
         dt_max: largest initial step.
+        dt_transform: how dt comes from log_dt: ``exp``, or ``softplus``.
+        A_transform: how Re A comes from A_log: ``exp``, -exp(A_log); ``softplus``,
+            -log(1 + exp(A_log)); ``relu``, -max(A_log, 0) - 1e-4; ``clip``, min(A_log, -1e-4);
+            ``none``, A_log, which can become unstable. The start is the same under all.
         generator: source of the random numbers; torch's own if None.
         device: where the tensors are made.
         dtype: real dtype, at least float32; torch's default if None.
@@ -76,17 +91,18 @@ def init(
     Returns:
         log_dt (H,) or (H, M) untied; A_log, A_im, B_re, B_im (S, M); C_re, C_im (H, M), or
         (Ch, H, M) with channels; with ``bidirectional`` C2_re, C2_im too; D (H,) or (Ch, H). M is
-        N/2, or N if ``is_real``. A = -exp(A_log) + i A_im.
+        N/2, or N if ``is_real``. A = -exp(A_log) + i A_im under ``A_transform="exp"``.
 
     Raises:
         ValueError: a size < 1; an odd N of a complex model; S that does not divide H; an A_init
-            that does not exist or is not for real models.
+            that does not exist or is not for real models; an unknown transform.
 
     Source: Gu et al. 2022, sections 3 (parametrisation) and 4 (initialisation of A).
     """
     check_sizes("s4d.init", d_model=d_model, d_state=d_state, channels=channels)
     copies = d_model if n_ssm is None else n_ssm
     check_sizes("s4d.init", n_ssm=copies)
+    check_transforms("s4d.init", dt_transform, A_transform)
     check_choice("s4d.init", "A_init", A_init, ("real", "random") if is_real else A_INITS)
     if not is_real and d_state % 2:
         raise ValueError(
@@ -99,12 +115,12 @@ def init(
     size = d_state if is_real else d_state // 2
     params: Params = {}
     steps = draw.uniform(d_model) if tied_dt else draw.uniform(d_model, size)
-    params["log_dt"] = initialize.log_dt(steps, dt_min, dt_max)
+    params["log_dt"] = raw_step_size(initialize.log_dt(steps, dt_min, dt_max), dt_transform)
     if is_real and A_init == "random":
         decay, im = draw.uniform(copies, size), None
     else:
         decay, im = initialize.s4d_spectrum(A_init, size, copies, draw)
-    params["A_log"] = torch.log(decay.clamp(min=initialize.MIN_DECAY))
+    params["A_log"] = raw_real_part(decay, A_transform)
     if not is_real and im is not None:
         params["A_im"] = im
     params["B_re"] = torch.ones_like(params["A_log"])
@@ -146,6 +162,8 @@ def discretize(
     discretization: Discretization | None = None,
     alpha: Number | None = None,
     dt_scale: Number = 1.0,
+    dt_transform: StepTransform = "exp",
+    A_transform: RealTransform = "exp",
 ) -> Discrete:
     """Return (A_bar, B_bar), each (H, M), complex (real for a real model).
 
@@ -159,6 +177,8 @@ def discretize(
             ``async``, or a callable.
         alpha: the number of ``gbt``.
         dt_scale: multiplies dt; 2.0 runs the model on a signal sampled at half the rate.
+        dt_transform: as given to `init`.
+        A_transform: as given to `init`.
 
     Raises:
         ValueError: an unknown choice.
@@ -167,7 +187,8 @@ def discretize(
     """
     r = _recurrence(
         "s4d.discretize", params, compute_dtype(params, integration_timesteps),
-        integration_timesteps, timestep_mode, discretization, alpha, dt_scale,
+        integration_timesteps, timestep_mode, discretization, alpha, dt_scale, dt_transform,
+        A_transform,
     )  # fmt: skip
     return r.A_bar, r.B_bar
 
@@ -180,6 +201,8 @@ def kernel(
     alpha: Number | None = None,
     dt_scale: Number = 1.0,
     bidirectional: bool = False,
+    dt_transform: StepTransform = "exp",
+    A_transform: RealTransform = "exp",
 ) -> Tensor:
     """Return the convolution kernel K_t = 2 Re(sum_n C_n A_bar_n^t B_bar_n), without D.
 
@@ -190,6 +213,8 @@ def kernel(
         alpha: see `discretize`.
         dt_scale: see `discretize`.
         bidirectional: return the kernels of both directions.
+        dt_transform: as given to `init`.
+        A_transform: as given to `init`.
 
     Returns:
         K (L, H), or (Ch, L, H) with channels, real; with ``bidirectional`` (2, ..., L, H), where
@@ -201,9 +226,55 @@ def kernel(
     Source: Gu et al. 2022, section 3 (the kernel as a Vandermonde product).
     """
     r = _recurrence(
-        "s4d.kernel", params, compute_dtype(params), None, "both", discretization, alpha, dt_scale
-    )
+        "s4d.kernel", params, compute_dtype(params), None, "both", discretization, alpha, dt_scale,
+        dt_transform, A_transform,
+    )  # fmt: skip
     return _siso.kernel("s4d.kernel", params, length, r, bidirectional=bidirectional)
+
+
+def frequency_response(
+    params: Params,
+    omega: Tensor,
+    *,
+    discretization: Discretization | None = None,
+    alpha: Number | None = None,
+    dt_scale: Number = 1.0,
+    bidirectional: bool = False,
+    dt_transform: StepTransform = "exp",
+    A_transform: RealTransform = "exp",
+) -> Tensor:
+    """Return H = D + sum_n C_n B_bar_n / (1 - A_bar_n exp(-i omega)) over N states, in closed form.
+
+    Of a stable model it is the Fourier transform of its impulse response.
+
+    Args:
+        params: from `init`.
+        omega: (...), real, in radians a sample: 2 pi times the frequency over the sampling rate.
+            A float64 one computes in float64.
+        discretization: see `discretize`.
+        alpha: see `discretize`.
+        dt_scale: see `discretize`.
+        bidirectional: add the reverse direction, which starts at the next sample.
+        dt_transform: as given to `init`.
+        A_transform: as given to `init`.
+
+    Returns:
+        H (..., H), or (Ch, ..., H) with channels, complex.
+
+    Raises:
+        ValueError: an omega that is not real, an unknown choice, no C2 in params.
+
+    Source: the transform of `kernel`, a geometric series for each state.
+    """
+    where = "s4d.frequency_response"
+
+    def recurrence(dtype: torch.dtype) -> _siso.Recurrence:
+        return _recurrence(
+            where, params, dtype, None, "both", discretization, alpha, dt_scale, dt_transform,
+            A_transform,
+        )  # fmt: skip
+
+    return _response.siso(where, params, omega, recurrence, bidirectional=bidirectional)
 
 
 def scan(
@@ -220,9 +291,12 @@ def scan(
     alpha: Number | None = None,
     dt_scale: Number = 1.0,
     bidirectional: bool = False,
+    dt_transform: StepTransform = "exp",
+    A_transform: RealTransform = "exp",
     mode: Mode = "auto",
     kernel: Tensor | None = None,
     discrete: Discrete | None = None,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the model over a sequence.
 
@@ -239,11 +313,16 @@ def scan(
         alpha: see `discretize`.
         dt_scale: see `discretize`.
         bidirectional: add the reverse direction, read with C2; it starts at the next sample.
+        dt_transform: as given to `init`.
+        A_transform: as given to `init`.
         mode: ``conv`` (kernel and FFT, nothing of size L N H); ``scan``; ``recurrent`` (a loop, the
-            specification); ``auto``: ``conv`` where nothing varies in time and L > 16, else
-            ``scan``.
-        kernel: from `kernel`, at least L long, for ``conv``.
+            specification); ``auto``: ``scan`` where something varies in time, else the faster
+            one by length, states and device.
+        kernel: from `kernel`, for ``conv``; at least as long as L or, if smaller, ``chunk_size``.
         discrete: (A_bar, B_bar) from `discretize`, to be used instead of discretizing.
+        chunk_size: samples that a convolution takes at once, the state carried between them; what
+            it needs beside input and output does not grow with L then. None: all, or chunks of
+            4096 (65536 on a GPU) where L is at least twice that.
 
     Returns:
         y (..., L, H) in u's dtype, (..., L, Ch H) with channels (channel-major), and the final
@@ -251,7 +330,7 @@ def scan(
 
     Raises:
         ValueError: shapes, dtypes, devices or choices that do not fit; a state with
-            ``bidirectional``; ``conv`` with timesteps, mask or reset.
+            ``bidirectional``; ``conv`` or ``chunk_size`` with timesteps, mask or reset.
 
     Source: Gu et al. 2022, section 2; Goel et al. 2022, arXiv:2202.09729 (bidirectional).
     """
@@ -266,12 +345,13 @@ def scan(
         if discrete is not None:
             return _siso.given(discrete, "s4d.scan", params, dtype, timesteps)
         return _recurrence(
-            "s4d.scan", params, dtype, timesteps, timestep_mode, discretization, alpha, dt_scale
-        )
+            "s4d.scan", params, dtype, timesteps, timestep_mode, discretization, alpha, dt_scale,
+            dt_transform, A_transform,
+        )  # fmt: skip
 
     return _siso.scan(
         "s4d.scan", params, u, state, recurrence, layout=seq, mode=mode,
-        bidirectional=bidirectional, kernel=kernel,
+        bidirectional=bidirectional, kernel=kernel, chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -285,6 +365,8 @@ def step(
     discretization: Discretization | None = None,
     alpha: Number | None = None,
     dt_scale: Number = 1.0,
+    dt_transform: StepTransform = "exp",
+    A_transform: RealTransform = "exp",
     discrete: Discrete | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take one step.
@@ -299,6 +381,8 @@ def step(
         discretization: see `scan`.
         alpha: see `scan`.
         dt_scale: see `scan`.
+        dt_transform: as given to `init`.
+        A_transform: as given to `init`.
 
     Returns:
         y_t (..., H) in u_t's dtype, (..., Ch H) with channels, and the new state (..., H, M).
@@ -313,7 +397,7 @@ def step(
             return _siso.given(discrete, "s4d.step", params, dtype, integration_timestep)
         return _recurrence(
             "s4d.step", params, dtype, integration_timestep, timestep_mode, discretization, alpha,
-            dt_scale,
+            dt_scale, dt_transform, A_transform,
         )  # fmt: skip
 
     return _siso.step("s4d.step", params, u_t, state, recurrence)
@@ -328,18 +412,21 @@ def _recurrence(
     discretization: Discretization | None,
     alpha: Number | None,
     dt_scale: Number,
+    dt_transform: StepTransform,
+    A_transform: RealTransform,
 ) -> _siso.Recurrence:
     scheme = "zoh" if discretization is None else discretization
     resolve(scheme, timestep_mode, alpha, DISCRETIZATIONS, where)
+    check_transforms(where, dt_transform, A_transform)
     with full_precision(params["log_dt"].device):
-        decay = -torch.exp(params["A_log"].to(dtype))
+        re = real_part(params["A_log"].to(dtype), A_transform)
         if "A_im" in params:
-            A, B = torch.complex(decay, params["A_im"].to(dtype)), pair(params, "B", dtype)
+            A, B = torch.complex(re, params["A_im"].to(dtype)), pair(params, "B", dtype)
         else:
-            A, B = decay, params["B_re"].to(dtype)
+            A, B = re, params["B_re"].to(dtype)
         tile = params["D"].shape[-1] // A.shape[0]
         A, B = A.repeat(tile, 1), B.repeat(tile, 1)
-        dt = torch.exp(params["log_dt"].to(dtype)) * dt_scale
+        dt = step_size(params["log_dt"].to(dtype), dt_transform) * dt_scale
         if dt.ndim == 1:
             dt = dt.unsqueeze(-1)
         A_bar, gamma = discretize_diagonal(

@@ -20,7 +20,7 @@ from torch import Tensor
 from lrnnx_core import initialize
 from lrnnx_core.discretize import EXPONENTIAL, resolve
 from lrnnx_core.discretize import discretize as discretize_diagonal
-from lrnnx_core.models import _mimo
+from lrnnx_core.models import _mimo, _response
 from lrnnx_core.models._common import (
     check_choice,
     check_input,
@@ -87,6 +87,31 @@ def init(
     check_choice("s5.init", "C_init", C_init, C_INITS)
     check_blocks("s5.init", d_state, blocks, conj_sym)
     draw = initialize.Drawer(generator, device, dtype).resolved()
+    return parameters(
+        draw, d_model, d_model, d_state, blocks=blocks, conj_sym=conj_sym,
+        bidirectional=bidirectional, Lambda_init=Lambda_init, C_init=C_init, dt_min=dt_min,
+        dt_max=dt_max,
+    )  # fmt: skip
+
+
+def parameters(
+    draw: initialize.Drawer,
+    d_model: int,
+    d_out: int,
+    d_state: int,
+    *,
+    blocks: int,
+    conj_sym: bool,
+    bidirectional: bool,
+    Lambda_init: Literal["hippo", "lin"],
+    C_init: CInit,
+    dt_min: Number,
+    dt_max: Number,
+) -> Params:
+    """Draw the parameters of a model with d_out outputs; choices are those of `init`, checked.
+
+    D is (H,) where d_out = H, else a matrix (d_out, H), Glorot normal.
+    """
     stored = d_state // 2 if conj_sym else d_state
     params: Params = {}
     if Lambda_init == "hippo":
@@ -112,13 +137,16 @@ def init(
     for key in ("C", "C2") if bidirectional else ("C",):
         if C_init == "complex_normal" or V_re is None or V_im is None:
             std = 0.5**0.5 if C_init == "complex_normal" else d_state**-0.5
-            re, im = (std * draw.normal(d_model, stored) for _ in range(2))
+            re, im = (std * draw.normal(d_out, stored) for _ in range(2))
         else:
-            fan_in = d_state * (1 if C_init == "trunc_standard_normal" else d_model)
-            re0, im0 = (draw.lecun(d_model, d_state, fan_in=fan_in) for _ in range(2))
+            fan_in = d_state * (1 if C_init == "trunc_standard_normal" else d_out)
+            re0, im0 = (draw.lecun(d_out, d_state, fan_in=fan_in) for _ in range(2))
             re, im = re0 @ V_re - im0 @ V_im, re0 @ V_im + im0 @ V_re
         params[key + "_re"], params[key + "_im"] = re, im
-    params["D"] = draw.normal(d_model)
+    if d_out == d_model:
+        params["D"] = draw.normal(d_model)
+    else:
+        params["D"] = draw.lecun(d_out, d_model, fan_in=1) * (2 / (d_model + d_out)) ** 0.5
     return params
 
 
@@ -176,7 +204,7 @@ def discretize(
 
     Source: Smith et al. 2023 (zero-order hold is its discretization).
     """
-    r = _recurrence(
+    r = discretized(
         "s5.discretize", params, compute_dtype(params, integration_timesteps),
         integration_timesteps, timestep_mode, discretization, alpha, dt_scale, clip_eigs,
     )  # fmt: skip
@@ -215,12 +243,59 @@ def kernel(
 
     Source: the recurrence of `scan`, unrolled.
     """
-    r = _recurrence(
+    r = discretized(
         "s5.kernel", params, compute_dtype(params), None, "both", discretization, alpha, dt_scale,
         clip_eigs,
     )  # fmt: skip
     scale = 2.0 if conj_sym else 1.0
     return _mimo.kernel("s5.kernel", params, length, r, scale=scale, bidirectional=bidirectional)
+
+
+def frequency_response(
+    params: Params,
+    omega: Tensor,
+    *,
+    discretization: Discretization | None = None,
+    alpha: Number | None = None,
+    dt_scale: Number = 1.0,
+    conj_sym: bool = True,
+    clip_eigs: bool = False,
+    bidirectional: bool = False,
+) -> Tensor:
+    """Return H = D + C (1 - A_bar exp(-i omega))^(-1) B_bar over all P states, in closed form.
+
+    Of a stable model it is the Fourier transform of its impulse response.
+
+    Args:
+        params: from `init`.
+        omega: (...), real, in radians a sample: 2 pi times the frequency over the sampling rate.
+            A float64 one computes in float64.
+        discretization: see `discretize`.
+        alpha: see `discretize`.
+        dt_scale: see `discretize`.
+        conj_sym: as in `init`.
+        clip_eigs: see `discretize`.
+        bidirectional: add the reverse direction; both count the current sample.
+
+    Returns:
+        H (..., H, H), out by in, complex.
+
+    Raises:
+        ValueError: an omega that is not real, an unknown choice, no C2 in params.
+
+    Source: the transform of `kernel`, a geometric series for each state.
+    """
+    where = "s5.frequency_response"
+
+    def recurrence(dtype: torch.dtype) -> _mimo.Recurrence:
+        return discretized(
+            where, params, dtype, None, "both", discretization, alpha, dt_scale, clip_eigs
+        )
+
+    scale = 2.0 if conj_sym else 1.0
+    return _response.mimo(
+        where, params, omega, recurrence, scale=scale, bidirectional=bidirectional
+    )
 
 
 def scan(
@@ -242,6 +317,7 @@ def scan(
     mode: Mode = "auto",
     kernel: Tensor | None = None,
     discrete: Discrete | None = None,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the model over a sequence.
 
@@ -260,10 +336,14 @@ def scan(
         clip_eigs: see `discretize`.
         conj_sym: as in `init`.
         bidirectional: add the reverse direction, read with C2; both count the current sample.
-        mode: ``scan``; ``conv`` (FFT over the state's impulse responses); ``recurrent`` (a loop,
-            the specification); ``auto`` = ``scan``.
-        kernel: from `kernel`, at least L long, to be convolved with instead.
+        mode: ``scan``; ``conv`` (FFT, projections included, in the cheapest order: see
+            `lrnnx_core.ops.projected_convolution`); ``recurrent`` (a loop, the specification);
+            ``auto`` = ``scan``.
+        kernel: from `kernel`, to be convolved with instead; as long as L or ``chunk_size``.
         discrete: (A_bar, B_bar) from `discretize`, to be used instead of discretizing.
+        chunk_size: samples that a convolution takes at once, the state carried between them; what
+            it needs beside input and output does not grow with L then. None: all, or chunks of
+            4096 (65536 on a GPU) where L is at least twice that.
 
     Returns:
         y (..., L, H) in u's dtype, and the final state (..., P_h) complex, at least complex64 (of
@@ -271,7 +351,8 @@ def scan(
 
     Raises:
         ValueError: shapes, dtypes, devices or choices that do not fit; a state with
-            ``bidirectional``; ``conv`` with timesteps, mask or reset.
+            ``bidirectional``; ``conv`` or ``chunk_size`` with timesteps,
+            mask or reset.
 
     Source: Smith et al. 2023, section 3 (the S5 layer).
     """
@@ -285,7 +366,7 @@ def scan(
     def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
         if discrete is not None:
             return _mimo.given(discrete, "s5.scan", params, dtype, timesteps)
-        return _recurrence(
+        return discretized(
             "s5.scan", params, dtype, timesteps, timestep_mode, discretization, alpha, dt_scale,
             clip_eigs,
         )  # fmt: skip
@@ -293,6 +374,7 @@ def scan(
     return _mimo.scan(
         "s5.scan", params, u, state, recurrence, layout=seq, mode=mode,
         scale=2.0 if conj_sym else 1.0, bidirectional=bidirectional, kernel=kernel,
+        chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -336,7 +418,7 @@ def step(
     def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
         if discrete is not None:
             return _mimo.given(discrete, "s5.step", params, dtype, integration_timestep)
-        return _recurrence(
+        return discretized(
             "s5.step", params, dtype, integration_timestep, timestep_mode, discretization, alpha,
             dt_scale, clip_eigs,
         )  # fmt: skip
@@ -344,7 +426,7 @@ def step(
     return _mimo.step("s5.step", params, u_t, state, recurrence, scale=2.0 if conj_sym else 1.0)
 
 
-def _recurrence(
+def discretized(
     where: str,
     params: Params,
     dtype: torch.dtype,
@@ -355,6 +437,7 @@ def _recurrence(
     dt_scale: Number,
     clip_eigs: bool,
 ) -> _mimo.Recurrence:
+    """Discretize for ``where``, in this real dtype; the choices are those of `discretize`."""
     scheme = "zoh" if discretization is None else discretization
     resolve(scheme, timestep_mode, alpha, DISCRETIZATIONS, where)
     with full_precision(params["log_dt"].device):

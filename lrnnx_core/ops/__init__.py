@@ -1,9 +1,20 @@
 # SPDX-License-Identifier: MIT
 """Public operators: differentiable to any order, on any device, under any torch.func transform."""
 
+from lrnnx_core.ops.cauchy import cauchy
 from lrnnx_core.ops.causal_conv1d import causal_conv1d
 from lrnnx_core.ops.causal_convolution import causal_convolution
 from lrnnx_core.ops.linear_scan import linear_scan
+from lrnnx_core.ops.projected_convolution import projected_convolution
 from lrnnx_core.ops.selective_scan import selective_scan
+from lrnnx_core.ops.vandermonde import vandermonde
 
-__all__ = ["causal_conv1d", "causal_convolution", "linear_scan", "selective_scan"]
+__all__ = [
+    "causal_conv1d",
+    "causal_convolution",
+    "cauchy",
+    "linear_scan",
+    "projected_convolution",
+    "selective_scan",
+    "vandermonde",
+]

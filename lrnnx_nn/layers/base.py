@@ -9,9 +9,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lrnnx_core import checks, registry
+from lrnnx_core import checks, frequency, registry
 from lrnnx_core.backends.transforms import transform_active
-from lrnnx_core.models._siso import SCAN_LENGTH
+from lrnnx_core.models._auto import chunk_length, prefers_convolution
 from lrnnx_core.types import Discretization, Params
 
 # What a call brings rather than the layer: never an option of the constructor.
@@ -84,6 +84,7 @@ class Layer(nn.Module):
         self._init_options = {k: v for k, v in options.items() if k in initial}
         self._options = {k: v for k, v in options.items() if k in running or k in initial}
         self._cache: dict[str, tuple[Any, Any]] = {}
+        self._watched = self._warned = False
         self._keys: tuple[str, ...] = ()
         self._register(self._draw(generator, device, dtype))
         self._try_options()
@@ -107,6 +108,12 @@ class Layer(nn.Module):
     def model(self) -> registry.Model:
         """The registry's entry: the pure functions this layer calls."""
         return registry.get(self.name)
+
+    @property
+    def d_output(self) -> int:
+        """Channels of the output."""
+        width = self._init_options.get("d_out") or self.d_model
+        return width * int(self._init_options.get("channels", 1))
 
     @property
     def params(self) -> Params:
@@ -185,6 +192,7 @@ class Layer(nn.Module):
             ValueError: a bidirectional layer.
         """
         self._check_causal("step")
+        self._watch_stability(u_t)
         options = self._known("step") | {"dt_scale": dt_scale}
         if integration_timestep is not None:
             self._check_values(u_t, integration_timestep, None)
@@ -193,6 +201,25 @@ class Layer(nn.Module):
             options["discrete"] = discrete
         return self.model.step(self.params, u_t, state, **options)
 
+    def check_stability(self) -> None:
+        """Warn, once in this layer's life, if a time-invariant recurrence is unstable.
+
+        Evaluation without gradients does it by itself on a CPU, before its first sequence or step;
+        elsewhere call it after training. It looks at uniform time with ``dt_scale=1``.
+
+        Warns:
+            lrnnx_core.checks.StabilityWarning: an eigenvalue outside the unit circle, named.
+        """
+        if self._warned or self.model.kind != "lti":
+            return
+        if registry.always_stable(self.model, self._options):
+            return
+        with torch.no_grad():
+            options = self._known("discretize")
+            values = frequency.eigenvalues(self.model, self.params, **options)
+        hint = f"{self.model.title} is stable {self.model.stability}"
+        self._warned = not checks.stable(type(self).__name__, values, hint)
+
     def extra_repr(self) -> str:
         """Show sizes and options in ``print(layer)``."""
         shown = {"d_model": self.d_model, "d_state": self.d_state, **self._options}
@@ -200,6 +227,7 @@ class Layer(nn.Module):
 
     def _scan(self, u: Tensor, state: Any, **sequence: Any) -> tuple[Tensor, Any]:
         self._check_values(u, sequence["integration_timesteps"], sequence["lengths"])
+        self._watch_stability(u)
         options = self._known("scan") | {"mode": self.mode} | sequence
         uniform = all(sequence[k] is None for k in ("integration_timesteps", "mask", "reset"))
         if (
@@ -211,8 +239,26 @@ class Layer(nn.Module):
         return self.model.scan(self.params, u, state, **options)
 
     def _convolves(self, u: Tensor) -> bool:
-        siso = self.model.connectivity == "siso" and u.ndim >= 2 and u.shape[-2] > SCAN_LENGTH
-        return self.mode == "conv" or (self.mode == "auto" and siso)
+        """Return whether a sequence runs as a convolution with a kernel that is worth keeping."""
+        if u.ndim < 2 or self.model.kernel is None or not self._keeps_kernel():
+            return False
+        if self.mode != "auto":
+            return self.mode == "conv"
+        if self._options.get("chunk_size") is not None:
+            return True
+        return prefers_convolution(self.model.connectivity, u, self.init_state().shape[-1])
+
+    def _keeps_kernel(self) -> bool:
+        """Return whether evaluation keeps the kernel.
+
+        A kernel that mixes channels is (L, H_out, H): large, and mostly slower to convolve with
+        than its factors, among which the planner of `lrnnx_core.ops.contract` chooses.
+        """
+        return self.model.connectivity == "siso"
+
+    def _convolved_at_once(self, u: Tensor) -> int:
+        """Return the length of kernel that a convolution of u takes."""
+        return chunk_length(type(self).__name__, self._options.get("chunk_size"), u)
 
     def _known(self, function: str) -> dict[str, Any]:
         names = registry.options(self.model, function)
@@ -248,6 +294,21 @@ class Layer(nn.Module):
         if lengths is not None and lengths.device.type == "cpu" and u.ndim >= 2:
             checks.lengths(lengths, u.shape[-2])
 
+    def _watch_stability(self, u: Tensor) -> None:
+        """Look at the eigenvalues at the first use in evaluation, eager and without gradients."""
+        if (
+            self.training
+            or torch.compiler.is_compiling()
+            or self._watched
+            or torch.is_grad_enabled()
+            or type(u) is not Tensor  # a subclass may hold no values
+            or u.device.type != "cpu"
+            or transform_active()
+        ):
+            return
+        self._watched = True
+        self.check_stability()
+
     # --- what evaluation need not compute twice -------------------------------------------------
 
     def _discrete(self, dt_scale: float | Tensor) -> Any:
@@ -264,7 +325,7 @@ class Layer(nn.Module):
         kernel = self.model.kernel
         if kernel is None:
             return None
-        length, options = u.shape[-2], self._known("kernel")
+        length, options = self._convolved_at_once(u), self._known("kernel")
         return self._cached(
             "kernel",
             (length, dt_scale),
@@ -295,6 +356,7 @@ class Layer(nn.Module):
     def train(self, mode: bool = True) -> Layer:
         """Set the training mode; what evaluation kept is dropped."""
         self._cache.clear()
+        self._watched = False
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Layer:

@@ -118,6 +118,7 @@ def train_run(
             chosen, refitted = again, True
     chosen.save(folder)
     seconds = time.perf_counter() - started
+    _check_stability(chosen)
     test = evaluate(chosen, dataset.test)
     interrupted = search.interrupted or refit_interrupted
     result = _result(dataset, chosen, search, test) | {
@@ -167,6 +168,7 @@ def evaluate_run(
             f"{dataset.name}: {dataset.channels} channels, classes {list(dataset.classes)}; the "
             f"run in {folder} was trained on {model.config.d_input} channels, classes {classes}"
         )
+    _check_stability(model)
     test = evaluate(model, dataset.test)
     return {
         "dataset": dataset.name,
@@ -205,6 +207,12 @@ def _fresh(
     model = Classifier(model_config)
     model.set_statistics(*statistics(train))
     return model.to(device)
+
+
+def _check_stability(model: Classifier) -> None:
+    """Warn of unstable layers on any device; on a CPU evaluation does so by itself, once."""
+    for layer in viz.layers_of(model).values():
+        layer.check_stability()
 
 
 def _require_best(search: Fit, config: TrainingConfig) -> None:

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""What ``mode="auto"`` chooses: convolution or scan, and how a long convolution is cut.
+
+The numbers come from ``python -m benchmarks.modes``; docs/convolution.md has its tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Never
+
+import torch
+from torch import Tensor
+
+from lrnnx_core.models._common import check_sizes
+from lrnnx_core.sequences import Layout
+
+CPU_WORK = 1024
+"""Samples times stored states of a channel from which a CPU convolves; never with one state."""
+CUDA_STATES = 2**27
+"""States of all rows, samples and channels from which a GPU convolves: a scan writes them all."""
+CHUNK = {"cpu": 4096, "cuda": 2**16}
+"""Samples a chunk of a convolution that is cut without being asked to, by the kind of device."""
+
+
+def prefers_convolution(connectivity: str, u: Tensor, states: int) -> bool:
+    """Return whether ``auto`` convolves where nothing varies in time.
+
+    Args:
+        connectivity: ``siso`` or ``mimo``, of the registry.
+        u: the input (..., L, H).
+        states: stored states, of a channel (siso) or of the layer (mimo).
+    """
+    if connectivity == "mimo":
+        return False
+    if u.device.type == "cuda":
+        return u.numel() * states > CUDA_STATES
+    length = u.shape[-2]
+    return states > 1 and length > 16 and length * states >= CPU_WORK
+
+
+def chunk_length(where: str, chunk_size: int | None, u: Tensor) -> int:
+    """Return how many samples of u (..., L, H) a convolution takes at once; L for all of them.
+
+    Raises:
+        ValueError: a chunk_size < 1.
+    """
+    length = u.shape[-2]
+    if chunk_size is None:
+        # while torch.compile traces, a loop over chunks would compile the length in
+        chunk = CHUNK.get(u.device.type, CHUNK["cuda"])
+        return chunk if not torch.compiler.is_compiling() and length >= 2 * chunk else length
+    check_sizes(where, chunk_size=chunk_size)
+    return min(chunk_size, length)
+
+
+def refuse_chunks(where: str, chunk_size: int) -> Never:
+    """Raise: what the caller runs is no convolution."""
+    raise ValueError(
+        f"{where}: chunk_size = {chunk_size} cuts a convolution, and this call scans; use "
+        "mode='conv' without integration_timesteps, mask and reset, or leave it out"
+    )
+
+
+def in_chunks(
+    run: Callable[[Tensor, Any, Layout], tuple[Tensor, Tensor]],
+    x: Tensor,
+    state: Tensor | None,
+    layout: Layout,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """Run over x (..., L, H) in chunks of ``size`` samples, the state carried from one to the next.
+
+    Args:
+        run: ``(x, state, layout) -> (y, state)`` of a part of the sequence.
+        x: the input.
+        state: before the first sample.
+        layout: nothing in it but ``lengths``.
+        size: samples a chunk.
+    """
+    length = x.shape[-2]
+
+    def part(start: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        piece, here = x.narrow(-2, start, min(size, length - start)), layout
+        if layout.lengths is not None:
+            within = (layout.lengths - start).clamp(0, piece.shape[-2])
+            here = layout._replace(lengths=within)
+        return run(piece, state, here)
+
+    y, last = part(0, state)
+    if size >= length:
+        return y, last
+    outputs = [y]
+    for start in range(size, length, size):
+        y, last = part(start, last)
+        outputs.append(y)
+    return torch.cat(outputs, dim=-2), last
