@@ -3,8 +3,8 @@
     python -m benchmarks.digits RESULTS [--models s4d s5] [--seeds 0 1 2] [--jobs 2]
     python -m benchmarks.digits RESULTS --table
 
-Each run is `lrnnx train --dataset digits --layer MODEL --seed SEED --noise 0.1 --activation glu` in
-a process of one thread, the same for all models. Runs that have a result are not done again.
+Each run is `lrnnx train --dataset digits --layer MODEL --seed SEED` with the options in RECIPE, in
+a process of one thread. Runs that have a result are not done again.
 """
 
 from __future__ import annotations

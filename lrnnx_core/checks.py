@@ -92,8 +92,9 @@ def stable(name: str, eigenvalues: Tensor, hint: str = "") -> bool:
         return True
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), size.shape))
     value, modulus = eigenvalues.flatten()[worst].item(), float(size.flatten()[worst])
+    shown = f"1 + {modulus - 1:.3g}" if modulus < 1 + 1e-5 else f"{modulus:.6g}"
     warnings.warn(
-        f"{name}: eigenvalue {value:.6g} of A_bar at {index} has modulus {modulus:.6g}, expected "
+        f"{name}: eigenvalue {value:.6g} of A_bar at {index} has modulus {shown}, expected "
         f"<= 1; the state grows without bound{hint and '. ' + hint}",
         StabilityWarning,
         stacklevel=2,

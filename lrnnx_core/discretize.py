@@ -161,6 +161,8 @@ def resolve(
     if discretization == "gbt":
         if alpha is None:
             raise ValueError(f"{where}: discretization='gbt' needs alpha, a number in [0, 1]")
+        if not isinstance(alpha, Tensor) and not 0 <= alpha <= 1:
+            raise ValueError(f"{where}: alpha = {alpha}, expected a number in [0, 1]")
         return partial(gbt, alpha=alpha), timestep_mode
     return SCHEMES[discretization], timestep_mode
 

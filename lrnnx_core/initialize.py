@@ -205,8 +205,14 @@ def s4d_spectrum(init: S4DInit, n: int, copies: int, draw: Drawer) -> tuple[Tens
 def log_dt(uniform: Tensor, dt_min: Number, dt_max: Number) -> Tensor:
     """Map standard uniforms to log dt, log-uniform in [dt_min, dt_max].
 
+    Raises:
+        ValueError: not 0 < dt_min <= dt_max, where both are plain numbers.
+
     Source: Gu et al. 2022 (S4D), arXiv:2206.11893, section 4.3.
     """
+    plain = not (isinstance(dt_min, Tensor) or isinstance(dt_max, Tensor))
+    if plain and not 0 < dt_min <= dt_max < math.inf:
+        raise ValueError(f"dt_min = {dt_min}, dt_max = {dt_max}: expected 0 < dt_min <= dt_max")
     low, high = (as_tensor(v, uniform).log() for v in (dt_min, dt_max))
     return low + uniform * (high - low)
 

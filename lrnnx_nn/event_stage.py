@@ -179,6 +179,10 @@ class EventStage(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes("EventStage", n_layer=n_layer)
+        if "generator" in options:
+            raise ValueError(
+                "EventStage: its gates draw from torch's own generator; use torch.manual_seed"
+            )
         around: dict[str, Any] = {
             "norm": norm, "activation": activation, "dropout": dropout,
             "tie_dropout": tie_dropout, "prenorm": prenorm,

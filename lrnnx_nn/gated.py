@@ -67,6 +67,10 @@ class Gated(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        if "generator" in options:
+            raise ValueError(
+                "Gated: its nn.Linear parts draw from torch's own generator; use torch.manual_seed"
+            )
         for name, size in (("d_model", d_model), ("gate", gate), ("bottleneck", bottleneck)):
             if size is not None and (not isinstance(size, int) or size < 1):
                 raise ValueError(f"Gated: {name} = {size!r}, expected an integer >= 1 or None")

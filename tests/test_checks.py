@@ -62,6 +62,8 @@ def test_unstable_eigenvalues_are_warned_of_and_the_largest_is_named() -> None:
         r"state grows without bound\. clip it$",
     ):
         assert not checks.stable("x", torch.tensor([[1.2, 0.5], [1.5j, 0.1]]), "clip it")
+    with pytest.warns(checks.StabilityWarning, match=r"has modulus 1 \+ 2\.03e-06, expected <= 1"):
+        assert not checks.stable("x", torch.tensor([1 + 2e-6]))
     with pytest.warns(checks.StabilityWarning, match=r"eigenvalue nan of A_bar at \(1,\)"):
         assert not checks.stable("x", torch.tensor([2.0, float("nan")]))
 

@@ -386,3 +386,9 @@ def test_errors_say_what_came_and_what_was_expected() -> None:
 def test_every_name_is_a_scheme_or_an_alias() -> None:
     assert set(SCHEMES) | {"gbt", "async"} == set(NAMES)
     assert set(NAMES) > EXPONENTIAL
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, 2])
+def test_alpha_is_between_euler_and_backward_euler(alpha: float) -> None:
+    with pytest.raises(ValueError, match=rf"alpha = {alpha}, expected a number in \[0, 1\]"):
+        discretize(torch.tensor([-1.0]), torch.tensor([0.1]), discretization="gbt", alpha=alpha)

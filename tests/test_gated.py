@@ -140,3 +140,8 @@ def test_bad_choices_are_refused() -> None:
         gated()(torch.zeros(2, 7))
     with pytest.raises(ValueError, match="a bidirectional layer cannot stream"):
         gated(bidirectional=True).prefill(normal(2, 9, H))
+
+
+def test_a_generator_is_refused_where_it_could_not_decide_everything() -> None:
+    with pytest.raises(ValueError, match=r"use torch.manual_seed"):
+        Gated(8, d_state=8, generator=torch.Generator())

@@ -433,3 +433,12 @@ def test_meta_parameters_have_the_shapes_of_real_ones(case: Case) -> None:
 
 def test_every_model_has_a_case() -> None:
     assert {c.entry.name for c in CASES} == set(MODELS)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 0.1), (-1.0, 0.1), (0.2, 0.1), (0.1, float("inf"))]
+)
+def test_steps_that_are_no_range_are_refused(low: float, high: float) -> None:
+    for name in ("s4", "s4d", "s5", "event_ssm", "centaurus", "mamba"):
+        with pytest.raises(ValueError, match=r"expected 0 < dt_min <= dt_max"):
+            MODELS[name].init(4, 8, dt_min=low, dt_max=high)

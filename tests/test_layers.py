@@ -268,6 +268,21 @@ def test_what_evaluation_keeps_is_dropped_when_a_parameter_changes(
         assert not torch.allclose(a, old)
 
 
+@first_case
+def test_what_is_kept_belongs_to_the_very_parameters_it_was_made_from(case: Case) -> None:
+    layer, u = layer_of(case, mode=convolving(case)).eval(), normal(2, 40, 3)
+    state = layer.init_state((2,))
+    with torch.no_grad():
+        for seed in range(20):  # parameters that are gone leave their addresses to the next ones
+            other = case.params(seed=seed)
+            y, y_t = functional_call(layer, other, (u,)), None
+            assert_agree(y, case.model.scan(other, u)[0], 1e-10)
+            with torch.nn.utils.stateless._reparametrize_module(layer, other):
+                y_t, _ = layer.step(u[:, 0], state)
+            assert_agree(y_t, case.model.step(other, u[:, 0], state)[0], 1e-10)
+            del other
+
+
 @first_case_with_kernel
 def test_evaluation_keeps_one_entry_a_use_and_training_none(case: Case) -> None:
     layer, u = layer_of(case, mode="conv").eval(), normal(2, 40, 3)

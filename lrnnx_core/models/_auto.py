@@ -7,7 +7,7 @@ The numbers come from ``python -m benchmarks.modes``; docs/convolution.md has it
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Never
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from lrnnx_core.models._common import check_sizes
 from lrnnx_core.sequences import Layout
 
-CPU_WORK = 1024
+CPU_WORK = 512
 """Samples times stored states of a channel from which a CPU convolves; never with one state."""
 CUDA_STATES = 2**27
 """States of all rows, samples and channels from which a GPU convolves: a scan writes them all."""
@@ -54,12 +54,20 @@ def chunk_length(where: str, chunk_size: int | None, u: Tensor) -> int:
     return min(chunk_size, length)
 
 
-def refuse_chunks(where: str, chunk_size: int) -> Never:
-    """Raise: what the caller runs is no convolution."""
-    raise ValueError(
-        f"{where}: chunk_size = {chunk_size} cuts a convolution, and this call scans; use "
-        "mode='conv' without integration_timesteps, mask and reset, or leave it out"
-    )
+def check_convolves(where: str, mode: str, **given: int | None) -> None:
+    """Raise if options of a convolution were given and the call scans."""
+    for name, value in given.items():
+        if value is not None and mode != "conv":
+            raise ValueError(
+                f"{where}: {name} = {value} is for a convolution, and this call scans; use "
+                "mode='conv' without integration_timesteps, mask and reset, or leave it out"
+            )
+
+
+def check_planned(where: str, max_bytes: int | None, kernel: Tensor | None) -> None:
+    """Raise if a cap was given for a contraction that a precomputed kernel leaves nothing of."""
+    if max_bytes is not None and kernel is not None:
+        raise ValueError(f"{where}: give kernel or max_bytes, not both")
 
 
 def in_chunks(

@@ -15,7 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrnnx_core.models._auto import chunk_length, in_chunks, prefers_convolution, refuse_chunks
+from lrnnx_core.models._auto import (
+    check_convolves,
+    check_planned,
+    chunk_length,
+    in_chunks,
+    prefers_convolution,
+)
 from lrnnx_core.models._common import (
     check_directions,
     check_discrete,
@@ -78,6 +84,7 @@ def scan(
     bidirectional: bool,
     kernel: Tensor | None,
     chunk_size: int | None = None,
+    max_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a model over u (..., L, H); return y (..., L, H_out) and the final state (..., P).
 
@@ -100,18 +107,21 @@ def scan(
         if mode == "auto":
             steady = layout.uniform and r.A_bar.ndim == 1
             convolves = steady and prefers_convolution("mimo", u, r.A_bar.shape[-1])
-            asked = kernel is not None or (steady and chunk_size is not None)
+            options = (chunk_size, max_bytes)
+            asked = kernel is not None or (steady and options != (None, None))
             mode = "conv" if asked or convolves else "scan"
-        if chunk_size is not None and mode != "conv":
-            refuse_chunks(where, chunk_size)
+        check_planned(where, max_bytes, kernel)
+        check_convolves(where, mode, chunk_size=chunk_size, max_bytes=max_bytes)
         if mode == "conv":
             K = None if kernel is None else kernel.to(dtype)
             forward, backward = (K, None) if K is None or not bidirectional else K
-            y, last = _convolve(params, "C", r, x, state, layout, forward, scale, size)
+            y, last = _convolve(params, "C", r, x, state, layout, forward, scale, size, max_bytes)
             if bidirectional:
                 # flipped, right padding is on the left: its zeros leave the zero state untouched
                 flipped, whole = x.flip(-2), layout._replace(lengths=None)
-                y2, _ = _convolve(params, "C2", r, flipped, None, whole, backward, scale, size)
+                y2, _ = _convolve(
+                    params, "C2", r, flipped, None, whole, backward, scale, size, max_bytes
+                )
                 y = y + y2.flip(-2)
         else:
             b = r.drive(x)
@@ -269,6 +279,7 @@ def _convolve(
     kernel: Tensor | None,
     scale: float,
     size: int,
+    max_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return y without D and the final state of one direction, by convolution.
 
@@ -282,7 +293,7 @@ def _convolve(
         length = x.shape[-2]
         responses = table[:length]
         if kernel is None:
-            y = projected_convolution(x, responses, B_bar, C)
+            y = projected_convolution(x, responses, B_bar, C, max_bytes=max_bytes)
         else:
             y = causal_convolution(x, kernel, mimo=True)
         input_, decay = x, table[length]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.models import _s4_run
-from lrnnx_core.models._auto import chunk_length, refuse_chunks
+from lrnnx_core.models._auto import check_convolves, chunk_length
 from lrnnx_core.models._common import (
     check_discrete,
     check_lti_run,
@@ -90,8 +90,7 @@ def scan(
         cut = may and chunk_size is not None
         may = cut or (may and convolves(length, choices.l_kernel))
         mode = "conv" if kernel is not None or may else "scan"
-    if chunk_size is not None and mode != "conv":
-        refuse_chunks(where, chunk_size)
+    check_convolves(where, mode, chunk_size=chunk_size)
     if mode == "conv" and kernel is None:
         check_reach(where, size, choices.l_kernel)
     with full_precision(u.device):

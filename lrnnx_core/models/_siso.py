@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrnnx_core.models._auto import chunk_length, in_chunks, prefers_convolution, refuse_chunks
+from lrnnx_core.models._auto import check_convolves, chunk_length, in_chunks, prefers_convolution
 from lrnnx_core.models._common import (
     check_directions,
     check_discrete,
@@ -87,8 +87,7 @@ def scan(
             states = r.A_bar.shape[-1]
             convolves = kernel is not None or (steady and prefers_convolution("siso", u, states))
             mode = "conv" if convolves or (steady and chunk_size is not None) else "scan"
-        if chunk_size is not None and mode != "conv":
-            refuse_chunks(where, chunk_size)
+        check_convolves(where, mode, chunk_size=chunk_size)
         h0 = None if state is None else state.to(r.B_bar.dtype)
         K = None if kernel is None else kernel.to(dtype)
         forward = K if K is None or not bidirectional else K[0]

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lrnnx_core.models._auto import chunk_length, in_chunks, refuse_chunks
+from lrnnx_core.models._auto import check_convolves, check_planned, chunk_length, in_chunks
 from lrnnx_core.models._common import (
     check_choice,
     check_input,
@@ -171,6 +171,7 @@ def scan(
     bidirectional: bool,
     kernel: Tensor | None,
     chunk_size: int | None,
+    max_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Run a model over u (..., L, H); return y (..., L, H_out) and the final state (..., *S).
 
@@ -178,6 +179,10 @@ def scan(
     recurrence over the flipped sequence and reads it with its second readout.
     """
     size = chunk_length(where, chunk_size, u)
+    if max_bytes is not None and variant in ("dws", "full"):
+        raise ValueError(
+            f"{where}: max_bytes is for neck and pointwise, which have an order to choose"
+        )
     _check(where, params, u, state, variant, layout, mode, bidirectional, kernel, size)
     length, shape = u.shape[-2], params["A_raw"].shape
     with full_precision(u.device):
@@ -194,15 +199,24 @@ def scan(
         if mode == "auto":
             states = 1 if variant == "pointwise" else shape[-1]
             worth = steady and states > 1 and states * length >= CONVOLVED
-            asked = kernel is not None or (steady and chunk_size is not None)
+            options = (chunk_size, max_bytes)
+            asked = kernel is not None or (steady and options != (None, None))
             mode = "conv" if asked or worth else "scan"
-        if chunk_size is not None and mode != "conv":
-            refuse_chunks(where, chunk_size)
+        check_planned(where, max_bytes, kernel)
+        check_convolves(where, mode, chunk_size=chunk_size, max_bytes=max_bytes)
         K = None if kernel is None else kernel.to(dtype)
         h0 = None if state is None else state.to(r.A_bar.dtype)
         c = Connection.of(params, variant, dtype, second=False)
         y, last = _run(
-            c, r, x, h0, layout, mode, K if K is None or not bidirectional else K[0], size
+            c,
+            r,
+            x,
+            h0,
+            layout,
+            mode,
+            K if K is None or not bidirectional else K[0],
+            size,
+            max_bytes,
         )
         if bidirectional:
             flipped = layout.reversed(length)
@@ -213,7 +227,7 @@ def scan(
                 r = recurrence(dtype, flipped.timesteps)
             c = Connection.of(params, variant, dtype, second=True)
             back, x = None if K is None else K[1], x.flip(-2)
-            y = y + _run(c, r, x, None, flipped, mode, back, size)[0].flip(-2)
+            y = y + _run(c, r, x, None, flipped, mode, back, size, max_bytes)[0].flip(-2)
         if valid is not None:
             y = torch.where(valid.unsqueeze(-1), y, torch.zeros_like(y))
         return y.to(u.dtype), last
@@ -314,10 +328,11 @@ def _run(
     mode: Mode,
     kernel: Tensor | None,
     size: int,
+    max_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return y (..., L, H_out) and the final state (..., *S) of one direction."""
     if mode == "conv":
-        return _convolve(c, r, x, state, layout, kernel, size)
+        return _convolve(c, r, x, state, layout, kernel, size, max_bytes)
     return _recur(c, r, x, state, layout, mode)
 
 
@@ -348,6 +363,7 @@ def _convolve(
     layout: Layout,
     kernel: Tensor | None,
     size: int,
+    max_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Convolve ``size`` samples at once."""
     shape = r.A_bar.shape
@@ -361,7 +377,7 @@ def _convolve(
         if kernel is not None or c.variant == "full":
             y = causal_convolution(x, K, mimo=True)
         elif c.B is not None and c.C is not None:
-            y = projected_convolution(x, K[:length], c.B, c.C)
+            y = projected_convolution(x, K[:length], c.B, c.C, max_bytes=max_bytes)
         else:
             y = causal_convolution(x, K)
             y = y if c.C is None else y @ c.C.mT

@@ -308,6 +308,7 @@ def scan(
     kernel: Tensor | None = None,
     discrete: Discrete | None = None,
     chunk_size: int | None = None,
+    max_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the model over a sequence.
 
@@ -334,6 +335,8 @@ def scan(
         chunk_size: samples that a convolution takes at once, the state carried between them; what
             it needs beside input and output does not grow with L then. None: all, or chunks of
             4096 (65536 on a GPU) where L is at least twice that.
+        max_bytes: cap on what the contraction of a convolution may allocate, as
+            `lrnnx_core.ops.contract.plan` estimates it.
 
     Returns:
         y (..., L, H_out) in u's dtype, and the final state (..., *S) complex, at least complex64
@@ -341,8 +344,8 @@ def scan(
 
     Raises:
         ValueError: shapes, dtypes, devices or choices that do not fit; a state with
-            ``bidirectional``; ``conv`` or ``chunk_size`` with timesteps,
-            mask or reset.
+            ``bidirectional``; ``conv``, ``chunk_size`` or ``max_bytes`` with
+            timesteps, mask or reset.
 
     Source: Pei 2025.
     """
@@ -366,7 +369,7 @@ def scan(
     return _substates.scan(
         where, params, u, state, recurrence, variant=variant, layout=seq, mode=mode,
         bidirectional=bidirectional, kernel=kernel,
-        chunk_size=chunk_size,
+        chunk_size=chunk_size, max_bytes=max_bytes,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ Source: Gu, Gupta, Goel & Re 2022, arXiv:2206.11893.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -203,6 +204,7 @@ def kernel(
     bidirectional: bool = False,
     dt_transform: StepTransform = "exp",
     A_transform: RealTransform = "exp",
+    bandlimit: Number | None = None,
 ) -> Tensor:
     """Return the convolution kernel K_t = 2 Re(sum_n C_n A_bar_n^t B_bar_n), without D.
 
@@ -215,6 +217,8 @@ def kernel(
         bidirectional: return the kernels of both directions.
         dt_transform: as given to `init`.
         A_transform: as given to `init`.
+        bandlimit: leave out states of bandlimit / 2 or more cycles a sample, dt |Im A| / (2 pi) at
+            the rate trained at; 1.0 is the Nyquist limit, None leaves out none.
 
     Returns:
         K (L, H), or (Ch, L, H) with channels, real; with ``bidirectional`` (2, ..., L, H), where
@@ -229,6 +233,7 @@ def kernel(
         "s4d.kernel", params, compute_dtype(params), None, "both", discretization, alpha, dt_scale,
         dt_transform, A_transform,
     )  # fmt: skip
+    params = _limited("s4d.kernel", params, bandlimit, dt_transform)
     return _siso.kernel("s4d.kernel", params, length, r, bidirectional=bidirectional)
 
 
@@ -242,6 +247,7 @@ def frequency_response(
     bidirectional: bool = False,
     dt_transform: StepTransform = "exp",
     A_transform: RealTransform = "exp",
+    bandlimit: Number | None = None,
 ) -> Tensor:
     """Return H = D + sum_n C_n B_bar_n / (1 - A_bar_n exp(-i omega)) over N states, in closed form.
 
@@ -257,6 +263,7 @@ def frequency_response(
         bidirectional: add the reverse direction, which starts at the next sample.
         dt_transform: as given to `init`.
         A_transform: as given to `init`.
+        bandlimit: see `kernel`.
 
     Returns:
         H (..., H), or (Ch, ..., H) with channels, complex.
@@ -267,6 +274,7 @@ def frequency_response(
     Source: the transform of `kernel`, a geometric series for each state.
     """
     where = "s4d.frequency_response"
+    params = _limited(where, params, bandlimit, dt_transform)
 
     def recurrence(dtype: torch.dtype) -> _siso.Recurrence:
         return _recurrence(
@@ -293,6 +301,7 @@ def scan(
     bidirectional: bool = False,
     dt_transform: StepTransform = "exp",
     A_transform: RealTransform = "exp",
+    bandlimit: Number | None = None,
     mode: Mode = "auto",
     kernel: Tensor | None = None,
     discrete: Discrete | None = None,
@@ -315,6 +324,7 @@ def scan(
         bidirectional: add the reverse direction, read with C2; it starts at the next sample.
         dt_transform: as given to `init`.
         A_transform: as given to `init`.
+        bandlimit: see `kernel`.
         mode: ``conv`` (kernel and FFT, nothing of size L N H); ``scan``; ``recurrent`` (a loop, the
             specification); ``auto``: ``scan`` where something varies in time, else the faster
             one by length, states and device.
@@ -350,8 +360,8 @@ def scan(
         )  # fmt: skip
 
     return _siso.scan(
-        "s4d.scan", params, u, state, recurrence, layout=seq, mode=mode,
-        bidirectional=bidirectional, kernel=kernel, chunk_size=chunk_size,
+        "s4d.scan", _limited("s4d.scan", params, bandlimit, dt_transform), u, state, recurrence,
+        layout=seq, mode=mode, bidirectional=bidirectional, kernel=kernel, chunk_size=chunk_size,
     )  # fmt: skip
 
 
@@ -367,6 +377,7 @@ def step(
     dt_scale: Number = 1.0,
     dt_transform: StepTransform = "exp",
     A_transform: RealTransform = "exp",
+    bandlimit: Number | None = None,
     discrete: Discrete | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take one step.
@@ -383,6 +394,7 @@ def step(
         dt_scale: see `scan`.
         dt_transform: as given to `init`.
         A_transform: as given to `init`.
+        bandlimit: see `kernel`.
 
     Returns:
         y_t (..., H) in u_t's dtype, (..., Ch H) with channels, and the new state (..., H, M).
@@ -400,7 +412,27 @@ def step(
             dt_scale, dt_transform, A_transform,
         )  # fmt: skip
 
+    params = _limited("s4d.step", params, bandlimit, dt_transform)
     return _siso.step("s4d.step", params, u_t, state, recurrence)
+
+
+def _limited(
+    where: str, params: Params, bandlimit: Number | None, dt_transform: StepTransform
+) -> Params:
+    """Return the parameters with C zero where a state oscillates beyond the band."""
+    if bandlimit is None:
+        return params
+    if "A_im" not in params:
+        raise ValueError(f"{where}: bandlimit is for complex models; a real one never oscillates")
+    check_transforms(where, dt_transform, "exp")
+    C = params["C_re"]
+    dt = step_size(params["log_dt"].to(compute_dtype(params)), dt_transform)
+    dt = dt.unsqueeze(-1) if dt.ndim == 1 else dt
+    tiles = C.shape[-2] // params["A_im"].shape[0]
+    cycles = dt * params["A_im"].abs().repeat(tiles, 1) / (2 * math.pi)
+    inside = cycles < bandlimit / 2
+    read = [k for k in params if k.startswith("C")]
+    return params | {k: torch.where(inside, params[k], 0) for k in read}
 
 
 def _recurrence(

@@ -318,6 +318,7 @@ def scan(
     kernel: Tensor | None = None,
     discrete: Discrete | None = None,
     chunk_size: int | None = None,
+    max_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run the model over a sequence.
 
@@ -344,6 +345,8 @@ def scan(
         chunk_size: samples that a convolution takes at once, the state carried between them; what
             it needs beside input and output does not grow with L then. None: all, or chunks of
             4096 (65536 on a GPU) where L is at least twice that.
+        max_bytes: cap on what the contraction of a convolution may allocate, as
+            `lrnnx_core.ops.contract.plan` estimates it.
 
     Returns:
         y (..., L, H) in u's dtype, and the final state (..., P_h) complex, at least complex64 (of
@@ -351,8 +354,8 @@ def scan(
 
     Raises:
         ValueError: shapes, dtypes, devices or choices that do not fit; a state with
-            ``bidirectional``; ``conv`` or ``chunk_size`` with timesteps,
-            mask or reset.
+            ``bidirectional``; ``conv``, ``chunk_size`` or ``max_bytes`` with
+            timesteps, mask or reset.
 
     Source: Smith et al. 2023, section 3 (the S5 layer).
     """
@@ -374,7 +377,7 @@ def scan(
     return _mimo.scan(
         "s5.scan", params, u, state, recurrence, layout=seq, mode=mode,
         scale=2.0 if conj_sym else 1.0, bidirectional=bidirectional, kernel=kernel,
-        chunk_size=chunk_size,
+        chunk_size=chunk_size, max_bytes=max_bytes,
     )  # fmt: skip
 
 

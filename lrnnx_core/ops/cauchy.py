@@ -60,8 +60,8 @@ def cauchy(v: Tensor, lam: Tensor, a: Tensor, length: int, *, backend: Backend =
     """
     if backend not in ("auto", "reference"):
         raise ValueError(f"cauchy: backend {backend!r}, expected 'auto' or 'reference'")
-    if length < 1:
-        raise ValueError(f"cauchy: length = {length}, expected >= 1")
+    if not isinstance(length, (int, torch.SymInt)) or length < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"cauchy: length = {length!r}, expected an integer >= 1")
     batch = check_nodes("cauchy", {"v": v, "lam": lam, "a": a})
     if a.is_complex():
         raise ValueError(f"cauchy: a has dtype {a.dtype}, expected a real one")

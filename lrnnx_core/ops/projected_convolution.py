@@ -59,7 +59,7 @@ def projected_convolution(
             the choice does not depend on the length; ``torch.export`` takes ``project``. Axes that
             ``vmap`` maps over are not seen: rows are those of the unmapped u.
         max_bytes: ``auto`` keeps to orders whose estimated peak memory is at most this; if none is,
-            it takes the smallest.
+            it takes the smallest. It has no effect while torch.compile or export traces.
         explain: return the plan, with what each order would cost, and compute nothing.
 
     Returns:

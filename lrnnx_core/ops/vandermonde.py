@@ -49,8 +49,8 @@ def vandermonde(v: Tensor, z: Tensor, length: int, *, backend: Backend = "auto")
     """
     if backend not in ("auto", "reference"):
         raise ValueError(f"vandermonde: backend {backend!r}, expected 'auto' or 'reference'")
-    if length < 0:
-        raise ValueError(f"vandermonde: length = {length}, expected >= 0")
+    if not isinstance(length, (int, torch.SymInt)) or length < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"vandermonde: length = {length!r}, expected an integer >= 0")
     batch = check_nodes("vandermonde", {"v": v, "z": z})
     if not z.is_complex() and v.is_complex():
         v = v.real

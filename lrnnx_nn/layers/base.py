@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,14 @@ _PER_CALL = frozenset(
     {"integration_timesteps", "lengths", "mask", "reset", "kernel", "discrete", "mode", "dt_scale"}
 )
 _PLACE = frozenset({"generator", "device", "dtype"})
+
+
+class _Kept(NamedTuple):
+    """A value that evaluation keeps, and the parameters it was made from."""
+
+    stamp: Any
+    parameters: list[Tensor]
+    value: Any
 
 
 class Group(nn.Module):
@@ -83,7 +91,7 @@ class Layer(nn.Module):
         self.mode = mode if use_fast_path else "recurrent"
         self._init_options = {k: v for k, v in options.items() if k in initial}
         self._options = {k: v for k, v in options.items() if k in running or k in initial}
-        self._cache: dict[str, tuple[Any, Any]] = {}
+        self._cache: dict[str, _Kept] = {}
         self._watched = self._warned = False
         self._keys: tuple[str, ...] = ()
         self._register(self._draw(generator, device, dtype))
@@ -336,7 +344,8 @@ class Layer(nn.Module):
         """Return a value made once for these parameters, or None where it must not be kept.
 
         It is kept in evaluation without gradients, outside every transform, until a parameter is
-        replaced or written to in place.
+        replaced or written to in place. What is written through ``.data`` PyTorch does not count:
+        call ``train()`` or ``eval()`` after that.
         """
         parameters = list(self.params.values())
         if (
@@ -349,9 +358,14 @@ class Layer(nn.Module):
             return None
         stamp = (key, tuple((p.data_ptr(), p.dtype, p.device, p._version) for p in parameters))
         held = self._cache.get(what)
-        if held is None or held[0] != stamp:
-            self._cache[what] = held = (stamp, make())
-        return held[1]
+        # the entry holds the tensors themselves: the address of one that is gone is used again
+        if (
+            held is None
+            or held.stamp != stamp
+            or any(a is not b for a, b in zip(held.parameters, parameters, strict=True))
+        ):
+            self._cache[what] = held = _Kept(stamp, parameters, make())
+        return held.value
 
     def train(self, mode: bool = True) -> Layer:
         """Set the training mode; what evaluation kept is dropped."""

@@ -10,7 +10,7 @@ class S4D(Layer):
     ``S4D(d_model, d_state, discretization=None, **options)``; d_state is the number N of real
     states a channel. Options are those of `lrnnx_core.s4d.init` and `lrnnx_core.s4d.scan`:
     ``A_init``, ``is_real``, ``n_ssm``, ``channels``, ``tied_dt``, ``bidirectional``, ``dt_min``,
-    ``dt_max``, ``dt_transform``, ``A_transform``, ``timestep_mode``, ``alpha``.
+    ``dt_max``, ``dt_transform``, ``A_transform``, ``timestep_mode``, ``alpha``, ``bandlimit``.
     """
 
     name = "s4d"
