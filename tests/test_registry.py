@@ -206,6 +206,7 @@ def test_options_of_calls_are_known_wherever_they_matter(entry: Model) -> None:
         "mode",
         "kernel",
         "chunk_size",  # how many samples are worked on at once
+        "max_bytes",  # in which order factors are contracted
     }
     assert scan - sequence == step - {"integration_timestep"}
     placed = {"integration_timesteps", "timestep_mode"}

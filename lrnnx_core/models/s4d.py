@@ -204,7 +204,7 @@ def kernel(
     bidirectional: bool = False,
     dt_transform: StepTransform = "exp",
     A_transform: RealTransform = "exp",
-    bandlimit: Number | None = None,
+    bandlimit: float | None = None,
 ) -> Tensor:
     """Return the convolution kernel K_t = 2 Re(sum_n C_n A_bar_n^t B_bar_n), without D.
 
@@ -247,7 +247,7 @@ def frequency_response(
     bidirectional: bool = False,
     dt_transform: StepTransform = "exp",
     A_transform: RealTransform = "exp",
-    bandlimit: Number | None = None,
+    bandlimit: float | None = None,
 ) -> Tensor:
     """Return H = D + sum_n C_n B_bar_n / (1 - A_bar_n exp(-i omega)) over N states, in closed form.
 
@@ -301,7 +301,7 @@ def scan(
     bidirectional: bool = False,
     dt_transform: StepTransform = "exp",
     A_transform: RealTransform = "exp",
-    bandlimit: Number | None = None,
+    bandlimit: float | None = None,
     mode: Mode = "auto",
     kernel: Tensor | None = None,
     discrete: Discrete | None = None,
@@ -377,7 +377,7 @@ def step(
     dt_scale: Number = 1.0,
     dt_transform: StepTransform = "exp",
     A_transform: RealTransform = "exp",
-    bandlimit: Number | None = None,
+    bandlimit: float | None = None,
     discrete: Discrete | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take one step.
@@ -417,7 +417,7 @@ def step(
 
 
 def _limited(
-    where: str, params: Params, bandlimit: Number | None, dt_transform: StepTransform
+    where: str, params: Params, bandlimit: float | None, dt_transform: StepTransform
 ) -> Params:
     """Return the parameters with C zero where a state oscillates beyond the band."""
     if bandlimit is None:
