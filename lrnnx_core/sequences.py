@@ -71,6 +71,14 @@ class Layout(NamedTuple):
             gaps = torch.cat([gaps[..., 1:], gaps[..., :1]], dim=-1).flip(-1)
         return Layout(None, None if valid is None else valid.flip(-1), reset, gaps)
 
+    def backwards(self, length: int) -> Layout:
+        """Return `reversed` for a run from the zero state over an input that is zero at padding.
+
+        Right padding stands in front then and leaves that state alone: it needs no mask.
+        """
+        flipped = self.reversed(length)
+        return flipped._replace(mask=None) if self.mask is None else flipped
+
 
 def _neighbours(valid: Tensor, opening: Tensor) -> tuple[Tensor, Tensor]:
     """Return where the next valid sample is (L if none), and where one's own document starts."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lrnnx_core.sequences import layout
 from lrnnx_nn.layers.base import Layer
-from lrnnx_nn.norms import BatchNorm, make_norm
+from lrnnx_nn.norms import make_norm, normalize
 
 ACTIVATIONS = ("none", "gelu", "half_glu1", "half_glu2", "full_glu", "glu")
 PROJECTING = ("full_glu", "glu")
@@ -112,6 +112,14 @@ class Activation(nn.Module):
         return self.dropout(content * torch.sigmoid(self.gate(g)))
 
 
+def reset_within(parent: nn.Module) -> None:
+    """Draw the parameters of every module inside of ``parent`` again, in place."""
+    for module in parent.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if module is not parent and callable(reset):
+            reset()
+
+
 class Block(nn.Module):
     """A residual block: u + activation(mixer(norm(u))), or norm(u + activation(mixer(u))).
 
@@ -155,10 +163,7 @@ class Block(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every parameter again, in place."""
-        for module in self.modules():
-            reset = getattr(module, "reset_parameters", None)
-            if module is not self and callable(reset):
-                reset()
+        reset_within(self)
 
     def init_state(self, batch_shape: Sequence[int] = ()) -> Any:
         """Return the mixer's zero state."""
@@ -233,7 +238,7 @@ class Block(nn.Module):
         return layout("Block", u, lengths=lengths, mask=mask).valid(u.shape[-2])
 
     def _normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        return self.norm(x, valid) if isinstance(self.norm, BatchNorm) else self.norm(x)
+        return normalize(self.norm, x, valid)
 
     def _before(self, u: Tensor, valid: Tensor | None) -> Tensor:
         return self._normalize(u, valid) if self.prenorm else u

@@ -13,9 +13,9 @@ from lrnnx_core.models import event_ssm
 from lrnnx_core.models._common import check_sizes
 from lrnnx_core.models.event_ssm import Compat, Pending, Pooled, PooledState, Pooling
 from lrnnx_core.sequences import layout
-from lrnnx_nn.blocks import Activation, Block
+from lrnnx_nn.blocks import Activation, Block, reset_within
 from lrnnx_nn.layers.event_ssm import EventPooling, EventSSM
-from lrnnx_nn.norms import BatchNorm, make_norm
+from lrnnx_nn.norms import make_norm, normalize
 
 
 class PoolingBlockState(NamedTuple):
@@ -71,7 +71,7 @@ class EventPoolingBlock(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every parameter again, in place."""
-        _reset(self)
+        reset_within(self)
 
     def init_state(self, batch_shape: Sequence[int] = ()) -> PoolingBlockState:
         """Return the state before any event."""
@@ -116,7 +116,7 @@ class EventPoolingBlock(nn.Module):
         before = u
         if self.prenorm:
             valid = layout("EventPoolingBlock", u, lengths=lengths, mask=mask).valid(u.shape[-2])
-            before = _normalize(self.norm, u, valid)
+            before = normalize(self.norm, u, valid)
         (y, time, rows), mixer = self.mixer.prefill(
             before, None if state is None else state.mixer, dt_scale=dt_scale, **sequence
         )
@@ -127,7 +127,7 @@ class EventPoolingBlock(nn.Module):
         valid = layout("EventPoolingBlock", y, lengths=rows).valid(y.shape[-2])
         out = self.skip(skip.y) + self.activation(y)
         if not self.prenorm:
-            out = _normalize(self.norm, out, valid)
+            out = normalize(self.norm, out, valid)
         if valid is not None:
             out = torch.where(valid.unsqueeze(-1), out, torch.zeros_like(out))
         return Pooled(out, time, rows), PoolingBlockState(mixer, waiting)
@@ -199,7 +199,8 @@ class EventStage(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every parameter again, in place."""
-        _reset(self)
+        for block in (self.pooling, *self._blocks()):
+            block.reset_parameters()
 
     def init_state(self, batch_shape: Sequence[int] = ()) -> tuple[Any, ...]:
         """Return the state before any event: one a block."""
@@ -258,15 +259,3 @@ class EventStage(nn.Module):
 
     def _blocks(self) -> list[Block]:
         return [b for b in self.blocks if isinstance(b, Block)]
-
-
-def _normalize(norm: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
-    return norm(x, valid) if isinstance(norm, BatchNorm) else norm(x)
-
-
-def _reset(parent: nn.Module) -> None:
-    for module in parent.modules():
-        reset = getattr(module, "reset_parameters", None)
-        composite = isinstance(module, Block | EventPoolingBlock | EventStage)
-        if callable(reset) and not composite:
-            reset()

@@ -90,6 +90,11 @@ class BatchNorm(nn.Module):
         return f"{self.d_model}, eps={self.eps}, momentum={self.momentum}"
 
 
+def normalize(norm: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
+    """Apply a norm to x (..., L, H); the statistics of a batch are those of valid samples."""
+    return norm(x, valid) if isinstance(norm, BatchNorm) else norm(x)
+
+
 def make_norm(norm: str | Callable[[int], nn.Module], d_model: int) -> nn.Module:
     """Return the normalisation of that name for d_model channels, or what the callable makes.
 

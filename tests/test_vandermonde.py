@@ -186,10 +186,10 @@ def test_bad_input_raises(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("train", [False, True], ids=["forward", "training"])
 def test_memory_is_a_small_part_of_the_matrix(op: str, train: bool) -> None:
     """H = 512, N = 64, L = 16384: the matrix has 4 GiB (2 GiB for the half of the nodes)."""
-    script = ROOT / "benchmarks" / "cpu" / "vandermonde_cauchy.py"
     shape = ["--shape", "512", "64", "16384", "--threads", "1"]
-    arguments = [sys.executable, str(script), "--peak", op, *shape]
+    arguments = [sys.executable, "-m", "benchmarks.cpu.vandermonde_cauchy", "--peak", op, *shape]
     done = subprocess.run(
-        [*arguments, *(["--train"] if train else [])], capture_output=True, text=True, check=True
-    )
+        [*arguments, *(["--train"] if train else [])], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
     assert 1 < float(done.stdout) < 300

@@ -18,16 +18,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.memory import resident
 from lrnnx_core import registry
 
 LENGTHS = tuple(2**n + 1 for n in (14, 16, 18, 20))
-
-
-def resident(field: str) -> float:
-    """Return a size of this process in MiB. (ru_maxrss would start from the parent's peak.)"""
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 def measure(name: str, length: int, width: int, chunk_size: int | None) -> dict[str, Any]:

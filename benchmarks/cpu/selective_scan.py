@@ -1,6 +1,6 @@
 """Time the selective scan on the CPU against mambapy and transformers' slow path.
 
-    python benchmarks/cpu/selective_scan.py [--threads 2] [--lengths 256 1024] [--repeat 3]
+    python -m benchmarks.cpu.selective_scan [--threads 2] [--lengths 256 1024] [--repeat 3]
 
 Every implementation computes the same from the same inputs (checked first), in one process, with
 the same threads, in turns; the table holds the best of the repeats. Memory is the growth of the
@@ -12,16 +12,16 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.memory import peak, resident
 from lrnnx_core.ops import selective_scan
 
+MODULE = "benchmarks.cpu.selective_scan"
 Inputs = dict[str, Tensor]
 
 
@@ -82,15 +82,6 @@ def seconds(function: Callable[[Inputs], Tensor], x: Inputs, train: bool) -> flo
     return time.perf_counter() - start
 
 
-def peak(name: str, shape: tuple[int, int, int, int], train: bool) -> float:
-    """Return MiB by which one call raises the peak resident size, in a fresh process."""
-    arguments = [sys.executable, __file__, "--peak", name, "--shape", *map(str, shape)]
-    out = subprocess.run(
-        [*arguments, *(["--train"] if train else [])], capture_output=True, text=True, check=True
-    )
-    return float(out.stdout)
-
-
 def report_peak(name: str, shape: tuple[int, int, int, int], train: bool) -> None:
     small = inputs(1, 8, shape[2], shape[3], train)
     seconds(IMPLEMENTATIONS[name], small, train)  # what is allocated once
@@ -98,13 +89,6 @@ def report_peak(name: str, shape: tuple[int, int, int, int], train: bool) -> Non
     before = resident("VmRSS")
     seconds(IMPLEMENTATIONS[name], x, train)
     print(resident("VmHWM") - before)
-
-
-def resident(field: str) -> float:
-    """Return a size of this process in MiB. (ru_maxrss would start from the parent's peak.)"""
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 def main() -> None:
@@ -149,8 +133,8 @@ def main() -> None:
         base = best["lrnnx (plain torch)", True]
         for name in IMPLEMENTATIONS:
             times = best[name, False] * 1e3, best[name, True] * 1e3
-            trained = math.nan if math.isnan(times[1]) else peak(name, shape, True)
-            row = (*times, times[1] / base / 1e3, peak(name, shape, False), trained)
+            trained = math.nan if math.isnan(times[1]) else peak(MODULE, name, shape, True)
+            row = (*times, times[1] / base / 1e3, peak(MODULE, name, shape, False), trained)
             cells = (f"{v:11.{2 if i == 2 else 0}f}" for i, v in enumerate(row))
             print(f"{name:26}{length:6}" + "".join(cells))
 

@@ -1,6 +1,6 @@
 """Time the Vandermonde and Cauchy sums on the CPU against the whole matrix in plain torch.
 
-    python benchmarks/cpu/vandermonde_cauchy.py [--threads 2] [--lengths 1024 4096] [--repeat 3]
+    python -m benchmarks.cpu.vandermonde_cauchy [--threads 2] [--lengths 1024 4096] [--repeat 3]
 
 Both forms compute the same from the same inputs (checked first), in one process, with the same
 threads, in turns; the table holds the best of the repeats. Memory is the growth of the peak
@@ -13,16 +13,16 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.memory import peak, resident
 from lrnnx_core.ops import cauchy, vandermonde
 
+MODULE = "benchmarks.cpu.vandermonde_cauchy"
 Inputs = tuple[Tensor, Tensor, Tensor]
 Shape = tuple[int, int, int]
 
@@ -76,15 +76,6 @@ def matrix(name: str, shape: Shape) -> float:
     return heads * states * nodes * 8 / 2**20 if "whole" in name else 0.0
 
 
-def peak(name: str, shape: Shape, train: bool) -> float:
-    """Return MiB by which one call raises the peak resident size, in a fresh process."""
-    arguments = [sys.executable, __file__, "--peak", name, "--shape", *map(str, shape)]
-    out = subprocess.run(
-        [*arguments, *(["--train"] if train else [])], capture_output=True, text=True, check=True
-    )
-    return float(out.stdout)
-
-
 def report_peak(name: str, shape: Shape, train: bool) -> None:
     heads, states, length = shape
     run(name, inputs(2, states, train), 64, train)  # what is allocated once
@@ -92,13 +83,6 @@ def report_peak(name: str, shape: Shape, train: bool) -> None:
     before = resident("VmRSS")
     run(name, x, length, train)
     print(resident("VmHWM") - before)
-
-
-def resident(field: str) -> float:
-    """Return a size of this process in MiB. (ru_maxrss would start from the parent's peak.)"""
-    with open("/proc/self/status") as status:
-        line = next(line for line in status if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 def main() -> None:
@@ -145,7 +129,7 @@ def main() -> None:
             base = name.split(",")[0]
             times = [best[name, train] for train in (False, True)]
             ratios = [best[name, train] / best[base, train] for train in (False, True)]
-            memory = [peak(name, shape, train) for train in (False, True)]
+            memory = [peak(MODULE, name, shape, train) for train in (False, True)]
             row = (*(f"{t * 1e3:12.1f}" for t in times), *(f"{r:12.1f}" for r in ratios))
             print(f"{name:26}{length:6}" + "".join(row) + "".join(f"{m:12.0f}" for m in memory))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lrnnx_core.models._common import check_sizes
 from lrnnx_core.sequences import Layout
+from lrnnx_core.types import Mode
 
 CPU_WORK = 512
 """Samples times stored states of a channel from which a CPU convolves; never with one state."""
@@ -54,14 +55,38 @@ def chunk_length(where: str, chunk_size: int | None, u: Tensor) -> int:
     return min(chunk_size, length)
 
 
-def check_convolves(where: str, mode: str, **given: int | None) -> None:
-    """Raise if options of a convolution were given and the call scans."""
+def resolve_mode(
+    where: str,
+    mode: Mode,
+    *,
+    steady: bool,
+    prefers: bool,
+    kernel: Tensor | None,
+    **given: int | None,
+) -> Mode:
+    """Return the mode that is run.
+
+    Args:
+        where: the caller, for messages.
+        mode: what was asked for; ``auto`` convolves where that can be and is asked for or better.
+        steady: whether nothing varies in time.
+        prefers: whether a convolution is the quicker one then.
+        kernel: a precomputed one asks for the convolution.
+        **given: options of a convolution; each one that is not None asks for it as well.
+
+    Raises:
+        ValueError: an option of a convolution where the call scans.
+    """
+    if mode == "auto":
+        asked = kernel is not None or (steady and any(v is not None for v in given.values()))
+        mode = "conv" if asked or (steady and prefers) else "scan"
     for name, value in given.items():
         if value is not None and mode != "conv":
             raise ValueError(
                 f"{where}: {name} = {value} is for a convolution, and this call scans; use "
                 "mode='conv' without integration_timesteps, mask and reset, or leave it out"
             )
+    return mode
 
 
 def check_planned(where: str, max_bytes: int | None, kernel: Tensor | None) -> None:

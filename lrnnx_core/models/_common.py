@@ -129,6 +129,33 @@ def check_lti_run(
             raise ValueError(f"{where}: kernel is for mode 'conv' or 'auto', got {mode!r}")
 
 
+def check_kernel(
+    where: str, kernel: Tensor | None, lead: tuple[int, ...], at_least: int, tail: tuple[int, ...]
+) -> None:
+    """Raise unless a precomputed kernel, if any, is (*lead, L, *tail) with L >= at_least."""
+    if kernel is None:
+        return
+    axis = len(lead)
+    shape = tuple(kernel.shape)
+    rank = axis + 1 + len(tail)
+    fits = len(shape) == rank and (shape[:axis], shape[axis + 1 :]) == (lead, tail)
+    if not fits or shape[axis] < at_least:
+        raise ValueError(f"{where}: kernel {shape}, expected {(*lead, f'>= {at_least}', *tail)}")
+
+
+def read_next(y: Tensor, flipped: Layout) -> Tensor:
+    """Return y (..., L, X) of a run backwards, in time's order and moved on by one sample.
+
+    So a direction that starts at the next sample counts the current one once in the sum of both.
+    Nothing is read across the start of a document.
+    """
+    y = y.flip(-2)
+    y = torch.cat([y[..., 1:, :], torch.zeros_like(y[..., :1, :])], dim=-2)
+    if flipped.reset is None:
+        return y
+    return y.masked_fill(flipped.reset.flip(-1).unsqueeze(-1), 0)
+
+
 def check_directions(where: str, params: Params, second: str = "C2_re") -> None:
     """Raise unless params hold the readout of the reverse direction, under the key ``second``."""
     check_keys(where, params, (second,), "make them with init(bidirectional=True)")

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.models._auto import (
-    check_convolves,
     check_planned,
     chunk_length,
     in_chunks,
     prefers_convolution,
+    resolve_mode,
 )
 from lrnnx_core.models._common import (
     check_directions,
     check_discrete,
     check_input,
+    check_kernel,
     check_lti_run,
     check_state,
     check_steady,
@@ -104,24 +105,21 @@ def scan(
         if layout.timesteps is None and r.A_bar.ndim > 1:
             convolves = mode == "conv" or kernel is not None
             check_steady(where, r.A_bar, backwards=bidirectional, convolves=convolves)
-        if mode == "auto":
-            steady = layout.uniform and r.A_bar.ndim == 1
-            convolves = steady and prefers_convolution("mimo", u, r.A_bar.shape[-1])
-            options = (chunk_size, max_bytes)
-            asked = kernel is not None or (steady and options != (None, None))
-            mode = "conv" if asked or convolves else "scan"
         check_planned(where, max_bytes, kernel)
-        check_convolves(where, mode, chunk_size=chunk_size, max_bytes=max_bytes)
+        mode = resolve_mode(
+            where, mode, steady=layout.uniform and r.A_bar.ndim == 1, kernel=kernel,
+            prefers=prefers_convolution("mimo", u, r.A_bar.shape[-1]),
+            chunk_size=chunk_size, max_bytes=max_bytes,
+        )  # fmt: skip
         if mode == "conv":
             K = None if kernel is None else kernel.to(dtype)
             forward, backward = (K, None) if K is None or not bidirectional else K
-            y, last = _convolve(params, "C", r, x, state, layout, forward, scale, size, max_bytes)
+            factors = Factors(r.table(size + 1), r.B_bar(), scale, max_bytes)
+            y, last = _convolve(params, "C", factors, x, state, layout, forward, size)
             if bidirectional:
                 # flipped, right padding is on the left: its zeros leave the zero state untouched
-                flipped, whole = x.flip(-2), layout._replace(lengths=None)
-                y2, _ = _convolve(
-                    params, "C2", r, flipped, None, whole, backward, scale, size, max_bytes
-                )
+                whole = layout._replace(lengths=None)
+                y2, _ = _convolve(params, "C2", factors, x.flip(-2), None, whole, backward, size)
                 y = y + y2.flip(-2)
         else:
             b = r.drive(x)
@@ -226,14 +224,8 @@ def _check(
     check_lti_run(
         where, params, u, state, params["B_re"].shape[:1], layout, mode, bidirectional, kernel
     )
-    if kernel is not None:
-        shape = (*params["C_re"].shape[:1], *params["B_re"].shape[1:])
-        rank = 3 + bidirectional
-        if kernel.ndim != rank or kernel.shape[-2:] != shape or kernel.shape[-3] < at_least:
-            raise ValueError(
-                f"{where}: kernel {tuple(kernel.shape)}, expected {(2,) * bidirectional} + "
-                f"(>= {at_least}, {shape[0]}, {shape[1]})"
-            )
+    tail = (params["C_re"].shape[0], params["B_re"].shape[1])
+    check_kernel(where, kernel, (2,) * bidirectional, at_least, tail)
 
 
 def _states(
@@ -258,10 +250,7 @@ def _backward_states(
     layout: Layout,
     mode: Mode,
 ) -> Tensor:
-    flipped = layout.reversed(x.shape[-2])
-    if layout.mask is None:
-        # Right padding is on the left now, its input is zero, and a zero state passes it untouched.
-        flipped = flipped._replace(mask=None)
+    flipped = layout.backwards(x.shape[-2])
     if flipped.timesteps is not None:
         r = recurrence(x.dtype, flipped.timesteps)
     b = r.drive(x.flip(-2))
@@ -269,24 +258,31 @@ def _backward_states(
     return _states(r, b, zero, flipped, mode)[0].flip(-2)
 
 
+class Factors(NamedTuple):
+    """What both directions of a convolution share: A_bar^t (size + 1, P), B_bar, s and the cap."""
+
+    table: Tensor
+    B_bar: Tensor
+    scale: float
+    max_bytes: int | None
+
+
 def _convolve(
     params: Params,
     key: str,
-    r: Recurrence,
+    factors: Factors,
     x: Tensor,
     state: Tensor | None,
     layout: Layout,
     kernel: Tensor | None,
-    scale: float,
     size: int,
-    max_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return y without D and the final state of one direction, by convolution.
 
     Without a kernel C (A_bar^t * (B u)) is contracted in the cheapest order. Nothing of size L P a
     row is built here. A convolution takes ``size`` samples at once.
     """
-    table, B_bar = r.table(size + 1), r.B_bar()
+    table, B_bar, scale, max_bytes = factors
     C = scale * pair(params, key, x.dtype)
 
     def run(x: Tensor, state: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:

@@ -69,19 +69,9 @@ def truncate(C: Tensor, A: Tensor, length: int, sign: float = -1.0) -> Tensor:
 
 def recover(C: Tensor, A: Tensor, length: int) -> Tensor:
     """Solve C (I - A^length) = C~ for C: rows (H, Ch, N), A (H, N, N)."""
-    rest = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device) - _power(A, length)
+    rest = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    rest = rest - torch.linalg.matrix_power(A, length)
     return torch.linalg.solve(rest, C, left=False)
-
-
-def _power(A: Tensor, exponent: int) -> Tensor:
-    result: Tensor | None = None
-    while True:
-        if exponent & 1:
-            result = A if result is None else result @ A
-        exponent >>= 1
-        if not exponent:
-            return A if result is None else result
-        A = A @ A
 
 
 def true_readout(

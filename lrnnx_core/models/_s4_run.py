@@ -33,9 +33,10 @@ class Choices(NamedTuple):
     timestep_mode: TimestepMode = "both"
 
     @property
-    def scaled(self) -> bool:
-        """Whether dt may differ from the one that C~ was made for."""
-        return isinstance(self.dt_scale, Tensor) or self.dt_scale != 1.0
+    def stored(self) -> bool:
+        """Whether C~ is stored and was made for this dt."""
+        scaled = isinstance(self.dt_scale, Tensor) or self.dt_scale != 1.0
+        return self.l_kernel is not None and not scaled
 
 
 def system(params: Params, dtype: torch.dtype, choices: Choices) -> _dplr.System:
@@ -69,12 +70,21 @@ def true_readout(params: Params, key: str, choices: Choices) -> Tensor:
 
 def kernel(params: Params, key: str, length: int, choices: Choices, dtype: torch.dtype) -> Tensor:
     """Return the kernel (Ch, length, H) of one direction."""
-    if choices.l_kernel is None or choices.scaled:
-        A, b = dense(params, choices)
-        K = _dense_blocks.kernel(true_readout(params, key, choices), A, b.unsqueeze(-1), length)
-        return K.squeeze(-1).permute(1, 2, 0).to(dtype)
+    if choices.l_kernel is None or not choices.stored:
+        return dense_kernel(params, key, length, choices, dtype, dense(params, choices))
     C = _s4.readout(params, key, dtype)
     return _dplr_kernel.kernel(C, system(params, dtype, choices), choices.l_kernel)[:, :length]
+
+
+def dense_kernel(
+    params: Params, key: str, length: int, choices: Choices, dtype: torch.dtype, discrete: Discrete
+) -> Tensor:
+    """Return the kernel (Ch, length, H) of the true C and a dense discrete system."""
+    A, b = discrete
+    C = true_readout(params, key, choices).to(A.dtype)
+    return (
+        _dense_blocks.kernel(C, A, b.unsqueeze(-1), length).squeeze(-1).permute(1, 2, 0).to(dtype)
+    )
 
 
 def reader(
@@ -103,6 +113,11 @@ class Direction(NamedTuple):
     dtype: torch.dtype
     discrete: Discrete | None
 
+    @property
+    def stored(self) -> bool:
+        """Whether C~ is stored and fits the discrete system that is run."""
+        return self.discrete is None and self.choices.stored
+
     def dense(self) -> Discrete:
         """Return the dense discrete system in float64: its powers are taken."""
         if self.discrete is None:
@@ -110,28 +125,19 @@ class Direction(NamedTuple):
         A, b = self.discrete
         return A.double(), b.double()
 
-    def taps(self, length: int) -> Tensor:
-        """Return the kernel (Ch, length, H)."""
-        if self.discrete is None:
-            return kernel(self.params, self.key, length, self.choices, self.dtype)
-        A, b = self.dense()
-        C = true_readout(self.params, self.key, self.choices).to(A.dtype)
-        K = _dense_blocks.kernel(C, A, b.unsqueeze(-1), length).squeeze(-1)
-        return K.permute(1, 2, 0).to(self.dtype)
-
     def convolve(
         self, x: Tensor, h: Tensor | None, K: Tensor | None, layout: Layout, size: int
     ) -> tuple[Tensor, Tensor]:
         """Return y (..., L, Ch, H) and the final state; h None is zero. Takes ``size`` at once."""
         A, b = self.dense()
         rows = x.shape[:-2].numel()
-        K = self.taps(size) if K is None else K
+        taps = self._taps(size, (A, b)) if K is None else K
         lengths = {min(size, x.shape[-2]), x.shape[-2] % size or size}  # of chunks, and the last
         tables = {n: _dense_blocks.krylov(A, b, n, rows, self.dtype) for n in lengths}
 
         def run(x: Tensor, h: Tensor | None, layout: Layout) -> tuple[Tensor, Tensor]:
             length, batch = x.shape[-2], x.shape[:-2]
-            y = causal_convolution(x.unsqueeze(-3), K).movedim(-3, -2)
+            y = causal_convolution(x.unsqueeze(-3), taps).movedim(-3, -2)
             h0 = x.new_zeros(*batch, *b.shape) if h is None else _dplr.column(h)
             if h is not None and h.numel():  # MKL refuses an empty batch
                 y = y + self._response(A, h0, h, length)
@@ -141,10 +147,15 @@ class Direction(NamedTuple):
         y, last = in_chunks(run, x, h, layout, size)
         return y.unflatten(-1, (-1, x.shape[-1])), last
 
+    def _taps(self, length: int, discrete: Discrete) -> Tensor:
+        """Return the kernel (Ch, length, H)."""
+        of = (self.params, self.key, length, self.choices, self.dtype)
+        return kernel(*of) if self.stored else dense_kernel(*of, discrete)
+
     def _response(self, A: Tensor, column: Tensor, h: Tensor, length: int) -> Tensor:
         """Return the response (..., L, Ch, H) to an initial state."""
-        l_kernel, as_stored = self.choices.l_kernel, self.discrete is None
-        if l_kernel is not None and as_stored and not self.choices.scaled and length <= l_kernel:
+        l_kernel = self.choices.l_kernel
+        if self.stored and l_kernel is not None and length <= l_kernel:
             # a kernel whose B makes B_bar = A_bar h: then C~ will do
             s = system(self.params, self.dtype, self.choices)
             C = _s4.readout(self.params, self.key, self.dtype)

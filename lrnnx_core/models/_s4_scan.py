@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.models import _s4_run
-from lrnnx_core.models._auto import check_convolves, chunk_length
+from lrnnx_core.models._auto import chunk_length, resolve_mode
 from lrnnx_core.models._common import (
     check_discrete,
+    check_kernel,
     check_lti_run,
     check_steady,
     compute_dtype,
     full_precision,
+    read_next,
 )
 from lrnnx_core.models._s4_run import Choices, Direction
 from lrnnx_core.sequences import Layout
@@ -85,12 +87,10 @@ def scan(
         conv = mode == "conv" or kernel is not None
         if not steady and (bidirectional or conv):
             check_steady(where, discrete[0], backwards=bidirectional, convolves=conv)
-    if mode == "auto":
-        may = layout.uniform and steady
-        cut = may and chunk_size is not None
-        may = cut or (may and convolves(length, choices.l_kernel))
-        mode = "conv" if kernel is not None or may else "scan"
-    check_convolves(where, mode, chunk_size=chunk_size)
+    mode = resolve_mode(
+        where, mode, steady=layout.uniform and steady, kernel=kernel, chunk_size=chunk_size,
+        prefers=convolves(length, choices.l_kernel),
+    )  # fmt: skip
     if mode == "conv" and kernel is None:
         check_reach(where, size, choices.l_kernel)
     with full_precision(u.device):
@@ -117,18 +117,9 @@ def _backwards(
     direction: Direction, x: Tensor, layout: Layout, mode: str, K: Tensor | None, size: int
 ) -> Tensor:
     """Return y (..., L, Ch, H) of the reverse direction, moved on so that u_t counts once."""
-    length = x.shape[-2]
-    flipped = layout.reversed(length)
-    if layout.mask is None:
-        # Right padding is on the left now; its input is zero and so is the state there.
-        flipped = flipped._replace(mask=None)
+    flipped = layout.backwards(x.shape[-2])
     y, _ = _s4_run.run(direction, x.flip(-2), None, flipped, mode, K, size)
-    y = y.flip(-3)
-    y = torch.cat([y[..., 1:, :, :], torch.zeros_like(y[..., :1, :, :])], dim=-3)
-    if flipped.reset is None:
-        return y
-    starts = flipped.reset.flip(-1)[..., None, None]  # the next sample is of another document
-    return torch.where(starts, torch.zeros_like(y), y)
+    return read_next(y.flatten(-2), flipped).unflatten(-1, y.shape[-2:])
 
 
 def _check(
@@ -142,14 +133,6 @@ def _check(
     kernel: Tensor | None,
     at_least: int,
 ) -> None:
-    states = params["C_re"].shape[-2:]
+    states, D = params["C_re"].shape[-2:], params["D"]
     check_lti_run(where, params, u, state, states, layout, mode, bidirectional, kernel)
-    if kernel is None:
-        return
-    lead, tail = (2,) * bidirectional + params["D"].shape[:-1], kernel.shape[-2:]
-    fits = kernel.shape[:-2] == lead and len(tail) == 2
-    if not fits or tail[0] < at_least or tail[1] != u.shape[-1]:
-        raise ValueError(
-            f"{where}: kernel {tuple(kernel.shape)}, expected "
-            f"{(*lead, f'>= {at_least}', u.shape[-1])}"
-        )
+    check_kernel(where, kernel, (2,) * bidirectional + D.shape[:-1], at_least, D.shape[-1:])

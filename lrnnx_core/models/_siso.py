@@ -15,16 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrnnx_core.models._auto import check_convolves, chunk_length, in_chunks, prefers_convolution
+from lrnnx_core.models._auto import chunk_length, in_chunks, prefers_convolution, resolve_mode
 from lrnnx_core.models._common import (
     check_directions,
     check_discrete,
     check_input,
+    check_kernel,
     check_lti_run,
     check_state,
     check_steady,
     compute_dtype,
     full_precision,
+    read_next,
 )
 from lrnnx_core.ops import causal_convolution, linear_scan, vandermonde
 from lrnnx_core.ops.powers import Powers, accumulate, evaluate, powers
@@ -83,30 +85,22 @@ def scan(
         if layout.uniform and not steady:
             convolves = mode == "conv" or kernel is not None
             check_steady(where, r.A_bar, backwards=bidirectional, convolves=convolves)
-        if mode == "auto":
-            states = r.A_bar.shape[-1]
-            convolves = kernel is not None or (steady and prefers_convolution("siso", u, states))
-            mode = "conv" if convolves or (steady and chunk_size is not None) else "scan"
-        check_convolves(where, mode, chunk_size=chunk_size)
+        prefers = prefers_convolution("siso", u, r.A_bar.shape[-1])
+        mode = resolve_mode(
+            where, mode, steady=steady, prefers=prefers, kernel=kernel, chunk_size=chunk_size
+        )
         h0 = None if state is None else state.to(r.B_bar.dtype)
         K = None if kernel is None else kernel.to(dtype)
         forward = K if K is None or not bidirectional else K[0]
         y, last = _run(r, _readout(params, "C", dtype), x, h0, layout, mode, forward, size)
         if bidirectional:
-            flipped = layout.reversed(length)
-            if layout.mask is None:
-                # Right padding is on the left now; its input is zero and so is the state there.
-                flipped = flipped._replace(mask=None)
+            flipped = layout.backwards(length)
             if flipped.timesteps is not None:
                 r = recurrence(dtype, flipped.timesteps)
             C2 = _readout(params, "C2", dtype)
             back = None if K is None else K[1]
             y2, _ = _run(r, C2, x.flip(-2), None, flipped, mode, back, size)
-            y2 = y2.flip(-2)
-            y2 = torch.cat([y2[..., 1:, :], torch.zeros_like(y2[..., :1, :])], dim=-2)
-            if flipped.reset is not None:  # the next sample belongs to another document
-                y2 = y2.masked_fill(flipped.reset.flip(-1).unsqueeze(-1), 0)
-            y = y + y2
+            y = y + read_next(y2, flipped)
         D = params["D"].to(dtype)
         skip = D * x if D.ndim == 1 else (D * x.unsqueeze(-2)).flatten(-2)
         y = y + skip
@@ -269,12 +263,5 @@ def _check(
     at_least: int,
 ) -> None:
     check_lti_run(where, params, u, state, state_shape(params), layout, mode, bidirectional, kernel)
-    if kernel is not None:
-        shape = (2,) * bidirectional + params["D"].shape[:-1]
-        width = params["D"].shape[-1]
-        lead, tail = kernel.shape[:-2], kernel.shape[-2:]
-        if lead != shape or len(tail) < 2 or tail[0] < at_least or tail[1] != width:
-            raise ValueError(
-                f"{where}: kernel {tuple(kernel.shape)}, expected "
-                f"{(*shape, f'>= {at_least}', width)}"
-            )
+    D = params["D"]
+    check_kernel(where, kernel, (2,) * bidirectional + D.shape[:-1], at_least, D.shape[-1:])

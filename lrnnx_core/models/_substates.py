@@ -15,10 +15,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lrnnx_core.models._auto import check_convolves, check_planned, chunk_length, in_chunks
+from lrnnx_core.models._auto import check_planned, chunk_length, in_chunks, resolve_mode
 from lrnnx_core.models._common import (
     check_choice,
     check_input,
+    check_kernel,
     check_keys,
     check_lti_run,
     check_state,
@@ -37,7 +38,7 @@ VARIANTS = get_args(Variant)
 CONVOLVED = 1024
 """From this many sub-states times samples of a state channel on ``auto`` convolves.
 
-A scan works on every sub-state, a convolution on their sum. On a CPU (1 thread, with numba) they
+A scan works on every sub-state, a convolution on their sum. On a CPU (1 thread) they
 cross at L = 512, 256, 128, 64 for M = 2, 4, 8, 16; of single sub-states a scan is the quicker one.
 """
 KEYS: dict[str, tuple[str, ...]] = {
@@ -196,33 +197,19 @@ def scan(
         if layout.uniform and not steady:
             convolves = mode == "conv" or kernel is not None
             check_steady(where, r.A_bar, backwards=bidirectional, convolves=convolves)
-        if mode == "auto":
-            states = 1 if variant == "pointwise" else shape[-1]
-            worth = steady and states > 1 and states * length >= CONVOLVED
-            options = (chunk_size, max_bytes)
-            asked = kernel is not None or (steady and options != (None, None))
-            mode = "conv" if asked or worth else "scan"
+        states = 1 if variant == "pointwise" else shape[-1]
         check_planned(where, max_bytes, kernel)
-        check_convolves(where, mode, chunk_size=chunk_size, max_bytes=max_bytes)
+        mode = resolve_mode(
+            where, mode, steady=steady, prefers=states > 1 and states * length >= CONVOLVED,
+            kernel=kernel, chunk_size=chunk_size, max_bytes=max_bytes,
+        )  # fmt: skip
         K = None if kernel is None else kernel.to(dtype)
         h0 = None if state is None else state.to(r.A_bar.dtype)
         c = Connection.of(params, variant, dtype, second=False)
-        y, last = _run(
-            c,
-            r,
-            x,
-            h0,
-            layout,
-            mode,
-            K if K is None or not bidirectional else K[0],
-            size,
-            max_bytes,
-        )
+        forward = K if K is None or not bidirectional else K[0]
+        y, last = _run(c, r, x, h0, layout, mode, forward, size, max_bytes)
         if bidirectional:
-            flipped = layout.reversed(length)
-            if layout.mask is None:
-                # Right padding is on the left now; its input is zero and so is the state there.
-                flipped = flipped._replace(mask=None)
+            flipped = layout.backwards(length)
             if flipped.timesteps is not None:
                 r = recurrence(dtype, flipped.timesteps)
             c = Connection.of(params, variant, dtype, second=True)
@@ -309,14 +296,8 @@ def _check(
         where, params, u, state, params["A_raw"].shape, layout, mode, bidirectional, kernel,
         second=second,
     )  # fmt: skip
-    if kernel is not None:
-        shape = (output_width(params, variant), width(params, variant))
-        rank = 3 + bidirectional
-        if kernel.ndim != rank or kernel.shape[-2:] != shape or kernel.shape[-3] < at_least:
-            raise ValueError(
-                f"{where}: kernel {tuple(kernel.shape)}, expected {(2,) * bidirectional} + "
-                f"(>= {at_least}, {shape[0]}, {shape[1]})"
-            )
+    tail = (output_width(params, variant), width(params, variant))
+    check_kernel(where, kernel, (2,) * bidirectional, at_least, tail)
 
 
 def _run(

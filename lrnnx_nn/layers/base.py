@@ -240,6 +240,7 @@ class Layer(nn.Module):
         uniform = all(sequence[k] is None for k in ("integration_timesteps", "mask", "reset"))
         if (
             uniform
+            and self._may_keep()
             and self._convolves(u)
             and (K := self._kernel(u, sequence["dt_scale"])) is not None
         ):
@@ -305,13 +306,10 @@ class Layer(nn.Module):
     def _watch_stability(self, u: Tensor) -> None:
         """Look at the eigenvalues at the first use in evaluation, eager and without gradients."""
         if (
-            self.training
-            or torch.compiler.is_compiling()
+            not self._may_keep()
             or self._watched
-            or torch.is_grad_enabled()
             or type(u) is not Tensor  # a subclass may hold no values
             or u.device.type != "cpu"
-            or transform_active()
         ):
             return
         self._watched = True
@@ -340,6 +338,10 @@ class Layer(nn.Module):
             lambda: kernel(self.params, length, dt_scale=dt_scale, **options),
         )
 
+    def _may_keep(self) -> bool:
+        """Return whether this is evaluation, without gradients and outside every transform."""
+        return not (self.training or torch.is_grad_enabled() or transform_active())
+
     def _cached(self, what: str, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """Return a value made once for these parameters, or None where it must not be kept.
 
@@ -349,9 +351,7 @@ class Layer(nn.Module):
         """
         parameters = list(self.params.values())
         if (
-            self.training
-            or torch.is_grad_enabled()
-            or transform_active()
+            not self._may_keep()
             or any(isinstance(k, Tensor) for k in key)
             or any(p.is_inference() for p in parameters)
         ):
