@@ -151,6 +151,9 @@ def test_a_memory_cap_reaches_the_planner(name: str, monkeypatch: pytest.MonkeyP
         model.scan(params, u, mode="scan", max_bytes=1)
     with pytest.raises(ValueError, match="give kernel or max_bytes, not both"):
         model.scan(params, u, kernel=model.kernel(params, L), max_bytes=1)
+    for bad in (0, 1.5, True):
+        with pytest.raises(ValueError, match=rf"max_bytes = {bad!r}, expected an integer >= 1"):
+            model.scan(params, u, mode="conv", max_bytes=bad)
     if name == "centaurus":
         full = model.init(3, 16, variant="full")
         with pytest.raises(ValueError, match="max_bytes is for neck and pointwise"):
@@ -170,6 +173,47 @@ def test_the_rule_of_auto() -> None:
     assert chosen("siso", 256, 2)
     assert not chosen("siso", 255, 2)
     assert not chosen("mimo", 4096, 32)
+
+
+def chosen_by(model: registry.Model, params: Any, u: Tensor) -> list[str]:
+    """Return the modes whose numbers, to the bit, are those of `auto`."""
+    y, _ = model.scan(params, u)
+    return [m for m in ("conv", "scan") if torch.equal(model.scan(params, u, mode=m)[0], y)]
+
+
+def test_auto_of_centaurus_counts_the_sub_states() -> None:
+    for variant, states in (("neck", 8), ("dws", 8), ("full", 8), ("pointwise", 1)):
+        model = registry.bind("centaurus", variant=variant)
+        params = model.init(3, 8)
+        for length, worth in ((127, False), (128, True)):  # 1024 / 8
+            want = "conv" if worth and states > 1 else "scan"
+            assert chosen_by(model, params, normal(2, length, 3).float()) == [want], variant
+
+
+def test_auto_of_s4_convolves_where_a_truncated_readout_reaches() -> None:
+    stored = registry.bind("s4", l_kernel=64)
+    params = stored.init(3, 8)
+    for length, want in ((16, "scan"), (17, "conv"), (64, "conv")):
+        assert chosen_by(stored, params, normal(2, length, 3).float()) == [want]
+    y, _ = stored.scan(params, normal(2, 65, 3).float())  # beyond it, and not refused
+    assert bool(torch.isfinite(y).all())
+    true = registry.get("s4")
+    assert chosen_by(true, true.init(3, 8), normal(2, 100, 3).float()) == ["scan"]
+
+
+def test_auto_on_a_gpu_goes_by_all_states() -> None:
+    u = torch.empty(8, 4096, 64, device="meta")
+    assert not _auto.prefers_convolution("mimo", u, 2**20)
+
+    class Cuda:  # what the rule looks at
+        device, shape = torch.device("cuda"), u.shape
+
+        @staticmethod
+        def numel() -> int:
+            return u.numel()
+
+    assert not _auto.prefers_convolution("siso", Cuda(), 64)
+    assert _auto.prefers_convolution("siso", Cuda(), 65)
 
 
 @first_variants

@@ -293,7 +293,8 @@ def test_the_peak_is_what_the_operators_allocate(order: Any, is_complex: bool, s
 MIMO = [
     c
     for c in CASES
-    if str(c) in ("s5-default", "s5-bidirectional", "lru-default", "centaurus-neck")
+    if str(c)
+    in ("s5-default", "s5-bidirectional", "lru-default", "centaurus-neck", "event_ssm-default")
     or str(c) in ("centaurus-pointwise_zoh_d_out", "centaurus-neck_bidirectional")
 ]
 
@@ -325,4 +326,4 @@ def test_models_convolve_in_every_order(
 
 
 def test_every_kind_of_model_is_among_them() -> None:
-    assert len(MIMO) == 6
+    assert len(MIMO) == 7

@@ -49,6 +49,12 @@ def test_a_layer_keeps_its_band_limit() -> None:
     assert not torch.allclose(y, s4d.scan(layer.params, u)[0], atol=1e-3)
 
 
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan")])
+def test_a_band_has_a_width(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"bandlimit = .*, expected a number > 0"):
+        s4d.kernel(s4d.init(2, 4), 5, bandlimit=bad)
+
+
 def test_real_models_have_no_band() -> None:
     with pytest.raises(ValueError, match=r"s4d.kernel: bandlimit is for complex models"):
         s4d.kernel(s4d.init(2, 4, A_init="real", is_real=True), 5, bandlimit=1.0)

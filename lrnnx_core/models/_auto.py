@@ -90,8 +90,11 @@ def resolve_mode(
 
 
 def check_planned(where: str, max_bytes: int | None, kernel: Tensor | None) -> None:
-    """Raise if a cap was given for a contraction that a precomputed kernel leaves nothing of."""
-    if max_bytes is not None and kernel is not None:
+    """Raise unless a cap on the memory of a contraction is one, and there is a contraction."""
+    if max_bytes is None:
+        return
+    check_sizes(where, max_bytes=max_bytes)
+    if kernel is not None:
         raise ValueError(f"{where}: give kernel or max_bytes, not both")
 
 

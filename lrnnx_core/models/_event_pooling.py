@@ -86,7 +86,7 @@ def pool(
     state: Pending | None = None,
     *,
     stride: int,
-    pooling: Pooling = "mean",
+    pooling: Pooling = "last",
     compat: Compat | None = None,
     integration_timesteps: Tensor | None = None,
     lengths: Tensor | None = None,

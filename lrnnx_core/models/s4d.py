@@ -422,6 +422,8 @@ def _limited(
     """Return the parameters with C zero where a state oscillates beyond the band."""
     if bandlimit is None:
         return params
+    if not bandlimit > 0:
+        raise ValueError(f"{where}: bandlimit = {bandlimit}, expected a number > 0")
     if "A_im" not in params:
         raise ValueError(f"{where}: bandlimit is for complex models; a real one never oscillates")
     check_transforms(where, dt_transform, "exp")
