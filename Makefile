@@ -61,8 +61,8 @@ wheel: $(VENV)/.installed-dev ## build dist/*.whl
 cuda-check: $(VENV)/.installed-check ## compile every CUDA kernel for every architecture; needs no GPU
 	$(BIN)/python scripts/check_cuda.py --jobs $(JOBS) $(ARGS)
 
-bench-cuda: $(VENV)/.installed-cuda ## time the CUDA kernels (ARGS="--quick" leaves the peers out)
-	$(BIN)/python benchmarks/cuda/linear_scan.py $(ARGS)
+bench-cuda: $(VENV)/.installed-cuda ## time the CUDA kernels (ARGS="decode --quick": one of them, without peers)
+	$(BIN)/python -m benchmarks.cuda $(ARGS)
 
 setup: $(VENV)/.installed-dev ## set up only, with everything the other targets use
 

@@ -44,7 +44,8 @@ struct Pack {
 
 // ------------------------------------------------------------------------------ global to shared
 
-// Copy 2, 4, 8 or 16 bytes; done after `wait`. From sm_80 on the copy runs by itself; two bytes, and everything on sm_75, are an ordinary load and store.
+// Copy 2, 4, 8 or 16 bytes; done after `wait`. From sm_80 on the copy runs by itself; two bytes, and
+// everything on sm_75, are an ordinary load and store.
 template <int bytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800

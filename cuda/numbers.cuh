@@ -68,34 +68,52 @@ struct Constant<Complex<R>> {
     static __device__ __forceinline__ Complex<R> one() { return {R(1), R(0)}; }
 };
 
-// A product of many factors. Real ones keep the rounding errors of hi in lo: the same factor time after
-// time (a constant coefficient) errs in one direction, by half an ulp a factor otherwise.
+// A product P of many factors. Real ones keep the rounding errors of hi in lo: the same factor time
+// after time (a constant coefficient) errs in one direction, by half an ulp a factor otherwise.
 template <class S>
 struct Product {
-    S hi = Constant<S>::one();
+    S hi;
 
+    static __device__ __forceinline__ Product one() { return {Constant<S>::one()}; }
     __device__ __forceinline__ void times(S c) { hi = mul(c, hi); }
+    __device__ __forceinline__ void times(Product c) { times(c.hi); }
     __device__ __forceinline__ S value() const { return hi; }
+    // P x + y
+    __device__ __forceinline__ S map(S x, S y) const { return fma(hi, x, y); }
 };
 
 template <class R>
-struct RealProduct {
-    R hi = 1, lo = 0;
+struct alignas(2 * sizeof(R)) RealProduct {
+    R hi, lo;
 
     __device__ __forceinline__ void times(R c) {
         const R next = mul(c, hi);
         lo = fma(c, lo, fma(c, hi, -next));
         hi = next;
     }
+    __device__ __forceinline__ void times(RealProduct c) {
+        const R next = mul(c.hi, hi);
+        lo = fma(c.hi, lo, fma(c.lo, hi, fma(c.hi, hi, -next)));
+        hi = next;
+    }
+    // Where hi has overflowed or x is infinite, what lo adds is not a number.
     __device__ __forceinline__ R value() const {
         const R sum = add(hi, lo);
-        return sum == sum ? sum : hi;  // where hi has overflowed, lo is not a number
+        return sum == sum ? sum : hi;
+    }
+    __device__ __forceinline__ R map(R x, R y) const {
+        const R rough = fma(hi, x, y), fine = fma(lo, x, rough);
+        return fine == fine ? fine : rough;
     }
 };
 template <>
-struct Product<float> : RealProduct<float> {};
+struct Product<float> : RealProduct<float> {
+    static __device__ __forceinline__ Product one() { return {{1, 0}}; }
+};
 template <>
-struct Product<double> : RealProduct<double> {};
+struct Product<double> : RealProduct<double> {
+    static __device__ __forceinline__ Product one() { return {{1, 0}}; }
+};
 
 // ------------------------------------------------------------------------------ storage and state
 

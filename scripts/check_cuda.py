@@ -11,6 +11,9 @@ import argparse
 import ctypes
 import re
 import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -19,19 +22,45 @@ from typing import NamedTuple
 from lrnnx_core.backends import cuda
 
 KIB = 1024
-# Shared memory of a multiprocessor and of a block (CUDA C++ programming guide, technical
-# specifications per compute capability); the number of multiprocessors does not matter here.
+# Multiprocessors of a common device (T4, A100, 3090, 4090, H100, B200, 5090), then shared memory of
+# a multiprocessor and of a block (CUDA C++ programming guide, technical specifications per compute
+# capability).
 ARCHITECTURES = {
-    75: cuda.Limits(1, 64 * KIB, 64 * KIB),
-    80: cuda.Limits(1, 164 * KIB, 163 * KIB),
-    86: cuda.Limits(1, 100 * KIB, 99 * KIB),
-    89: cuda.Limits(1, 100 * KIB, 99 * KIB),
-    90: cuda.Limits(1, 228 * KIB, 227 * KIB),
-    100: cuda.Limits(1, 228 * KIB, 227 * KIB),
-    120: cuda.Limits(1, 100 * KIB, 99 * KIB),
+    75: cuda.Limits(40, 64 * KIB, 64 * KIB),
+    80: cuda.Limits(108, 164 * KIB, 163 * KIB),
+    86: cuda.Limits(82, 100 * KIB, 99 * KIB),
+    89: cuda.Limits(128, 100 * KIB, 99 * KIB),
+    90: cuda.Limits(132, 228 * KIB, 227 * KIB),
+    100: cuda.Limits(148, 228 * KIB, 227 * KIB),
+    120: cuda.Limits(170, 100 * KIB, 99 * KIB),
 }
-MAY_SPILL: dict[tuple[str, int], int] = {}
-"""(what `label` returns, architecture) -> bytes of spill stores that are accepted."""
+FLOAT16_ON = 90
+"""Where float16 is compiled too: elsewhere bfloat16 stands for it, which differs in two
+instructions of conversion."""
+MAY_SPILL: dict[tuple[str, int], int] = {
+    ("selective_scan_backward float32 mamba reset x2 n4 lanes 4", 75): 24,
+    ("selective_scan_backward float32 zoh x2 n4 lanes 4", 75): 56,
+    ("selective_scan_backward float32 bilinear x2 n4 lanes 4", 75): 68,
+    ("selective_scan_backward float32 mamba reset x2 n4 lanes 4", 80): 28,
+    ("selective_scan_backward float32 zoh x2 n4 lanes 4", 80): 64,
+    ("selective_scan_backward float32 bilinear x2 n4 lanes 4", 80): 32,
+    ("selective_scan_backward float32 mamba reset x2 n4 lanes 4", 86): 36,
+    ("selective_scan_backward float32 zoh x2 n4 lanes 4", 86): 64,
+    ("selective_scan_backward float32 bilinear x2 n4 lanes 4", 86): 32,
+    ("selective_scan_backward float32 mamba reset x2 n4 lanes 4", 89): 36,
+    ("selective_scan_backward float32 zoh x2 n4 lanes 4", 89): 64,
+    ("selective_scan_backward float32 bilinear x2 n4 lanes 4", 89): 32,
+    ("selective_scan_backward float32 mamba reset x2 n4 lanes 4", 90): 36,
+    ("selective_scan_backward float32 zoh x2 n4 lanes 4", 90): 64,
+    ("selective_scan_backward float32 bilinear x2 n4 lanes 4", 90): 32,
+    ("selective_scan_backward float32 zoh x2 n4 lanes 4", 100): 12,
+    ("selective_scan_backward float32 zoh x2 n4 lanes 4", 120): 4,
+    ("selective_scan_backward float32 complex64 zoh no softplus no gate n2 lanes 8", 120): 4,
+}
+"""(what `label` returns, architecture) -> bytes of spill stores that are accepted.
+
+`--accept` prints the entries for what spills now.
+"""
 
 
 class Compiled(NamedTuple):
@@ -41,6 +70,7 @@ class Compiled(NamedTuple):
     static_shared: int
     spill: int
     error: str = ""
+    seconds: float = 0.0
 
 
 def load_nvrtc() -> ctypes.CDLL:
@@ -58,6 +88,7 @@ def load_nvrtc() -> ctypes.CDLL:
 
 def compile_kernel(nvrtc: ctypes.CDLL, kernel: cuda.Kernel, architecture: int) -> Compiled:
     """Compile as CuPy would, to machine code."""
+    start = time.thread_time()
     options = (
         f"-arch=sm_{architecture}",
         "-ftz=true",
@@ -76,7 +107,7 @@ def compile_kernel(nvrtc: ctypes.CDLL, kernel: cuda.Kernel, architecture: int) -
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     report = log.value.decode()
     if failed:
-        return Compiled(0, 0, 0, report)
+        return Compiled(0, 0, 0, report, time.thread_time() - start)
 
     def number(pattern: str) -> int:
         return sum(int(n) for n in re.findall(pattern, report))
@@ -86,18 +117,116 @@ def compile_kernel(nvrtc: ctypes.CDLL, kernel: cuda.Kernel, architecture: int) -
         number(r"(\d+) bytes smem"),
         number(r"(\d+) bytes spill stores"),
         "" if "Used" in report else f"the compiler reports no kernel: {report}",
+        time.thread_time() - start,
     )
 
 
+# Definition -> (the value that goes without saying, how any other one is written), in the order of
+# a label. What follows from these or from the device (warps, stages, bytes) is left out.
+WORDS = {
+    "STATE": ("", "{}"),
+    "WEIGHT": ("", "weight {}"),
+    "B_TYPE": ("", "B {}"),
+    "C_TYPE": ("", "C {}"),
+    "SCHEME": ("", "{}"),
+    "TAPS": ("4", "{} taps"),
+    "VARYING": ("true", "constant"),
+    "B_VARIES": ("true", "constant B"),
+    "C_VARIES": ("true", "constant C"),
+    "SOFTPLUS": ("true", "no softplus"),
+    "GATE": ("true", "no gate"),
+    "RESET": ("false", "reset"),
+    "TIMED": ("false", "timed"),
+    "STATE_ONLY": ("false", "state_only"),
+    "DECAY": ("0", "decay {}"),
+    "SPLIT": ("false", "split"),
+    "LOOP": ("false", "loop"),
+    "PACK": ("1", "x{}"),
+    "PER_LANE": ("", "n{}"),
+    "LANES": ("", "lanes {}"),
+    "ROWS": ("", "rows {}"),
+    "STATE_WIDTH": ("", "h{}"),
+    "MATRIX_WIDTH": ("", "m{}"),
+}
+
+
 def label(kernel: cuda.Kernel) -> str:
-    """Return a short name: entry point and the choices that tell its variants apart."""
+    """Return a short name: entry point and the choices that tell its variants apart.
+
+    The same on every architecture for what is the same variant there.
+    """
     choices = dict(o[2:].split("=") for o in kernel.options if o.startswith("-D"))
-    pack = "" if choices.get("PACK", "1") == "1" else f" x{choices['PACK']}"
-    varying = " constant" if choices.get("VARYING") == "false" else ""
-    return f"{kernel.entry} {choices['DTYPE']}{pack}{varying}"
+    dtype, full = choices["DTYPE"], choices.get("VECTOR")
+    plain = {"STATE": dtype, "WEIGHT": dtype, "B_TYPE": dtype, "C_TYPE": dtype}
+    plain |= {} if full is None else {"STATE_WIDTH": full, "MATRIX_WIDTH": full}
+    words = [
+        form.format(choices[name].lower())
+        for name, (silent, form) in WORDS.items()
+        if name in choices and choices[name] != plain.get(name, silent)
+    ]
+    return " ".join((kernel.entry, dtype, *words))
 
 
-def main() -> int:
+def collect(architectures: Sequence[int]) -> dict[tuple[str, int], cuda.Kernel]:
+    """Return every kernel under its label and architecture.
+
+    Raises:
+        ValueError: two kernels have the same label, so one would go unchecked.
+    """
+    found: dict[tuple[str, int], cuda.Kernel] = {}
+    for architecture in architectures:
+        for kernels in cuda.KERNELS.values():
+            for kernel in kernels(ARCHITECTURES[architecture]):
+                if architecture != FLOAT16_ON and "-DDTYPE=float16" in kernel.options:
+                    continue
+                there = found.setdefault((label(kernel), architecture), kernel)
+                if there is not kernel:
+                    raise ValueError(f"one label for two kernels: {there} and {kernel}")
+    return found
+
+
+def table(compiled: Mapping[tuple[str, int], Compiled]) -> str:
+    """Return the registers of each kernel, one line a kernel, an "s" where it spills."""
+    names, architectures = (list(dict.fromkeys(k)) for k in zip(*compiled, strict=True))
+    width = max(map(len, names))
+    lines = [f"{'registers':<{width}} " + "".join(f"{f'sm_{a}':>8}" for a in architectures)]
+    for name in names:
+        cells = ""
+        for architecture in architectures:
+            x = compiled.get((name, architecture))  # a size may have another variant elsewhere
+            text = "" if x is None else "error" if x.error else str(x.registers)
+            cells += f"{text:>7}{'s' if x is not None and x.spill else ' '}"
+        lines.append(f"{name:<{width}} {cells}")
+    return "\n".join(lines)
+
+
+def failures_of(
+    jobs: Mapping[tuple[str, int], cuda.Kernel], compiled: Mapping[tuple[str, int], Compiled]
+) -> list[str]:
+    """Return what is wrong: errors, spills that are not accepted, too much shared memory."""
+    failures: list[str] = []
+    for (name, architecture), x in compiled.items():
+        where, accepted = f"{name} sm_{architecture}", MAY_SPILL.get((name, architecture), 0)
+        shared = x.static_shared + jobs[name, architecture].shared
+        if x.error:
+            failures.append(f"{where}: {x.error}")
+        if x.spill > accepted:
+            failures.append(f"{where}: spills {x.spill} bytes, {accepted} are accepted")
+        if shared > ARCHITECTURES[architecture].shared_per_block:
+            failures.append(f"{where}: {shared} bytes of shared memory do not fit")
+    return failures
+
+
+def spent(compiled: Mapping[tuple[str, int], Compiled]) -> str:
+    """Return the compiler's seconds, by entry point, the longest first."""
+    seconds: dict[str, float] = defaultdict(float)
+    for (name, _), x in compiled.items():
+        seconds[name.split()[0]] += x.seconds
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{entry} {s:.0f} s" for entry, s in ordered)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Compile everything, print the table, return 1 if anything is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -107,42 +236,29 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="kernels whose name holds this text")
     parser.add_argument("--jobs", type=int, default=2)
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--accept", action="store_true", help="also print what spills as entries of MAY_SPILL"
+    )
+    arguments = parser.parse_args(argv)
+    jobs = {k: v for k, v in collect(arguments.arch).items() if arguments.only in k[0]}
+    if not jobs:
+        parser.error(f"no kernel has {arguments.only!r} in its name")
     nvrtc = load_nvrtc()
-    jobs = {
-        (label(kernel), arch): kernel
-        for arch in arguments.arch
-        for kernels in cuda.KERNELS.values()
-        for kernel in kernels(ARCHITECTURES[arch])
-        if arguments.only in label(kernel)
-    }
+    start = time.perf_counter()
     with ThreadPoolExecutor(arguments.jobs) as pool:
         results = pool.map(lambda job: compile_kernel(nvrtc, job[1], job[0][1]), jobs.items())
         compiled = dict(zip(jobs, results, strict=True))
-    names = list(dict.fromkeys(name for name, _ in jobs))
-    width = max(map(len, names))
-    print(f"{'registers':<{width}} " + "".join(f"{f'sm_{a}':>8}" for a in arguments.arch))
-    failures: list[str] = []
-    for name in names:
-        cells = ""
-        for arch in arguments.arch:
-            result, kernel = compiled[name, arch], jobs[name, arch]
-            spill = result.spill > MAY_SPILL.get((name, arch), 0)
-            shared = result.static_shared + kernel.shared > ARCHITECTURES[arch].shared_per_block
-            cells += (
-                f"{'error' if result.error else result.registers:>7}{'s' if result.spill else ' '}"
-            )
-            if result.error:
-                failures.append(f"{name} sm_{arch}: {result.error}")
-            if spill:
-                failures.append(f"{name} sm_{arch}: spills {result.spill} bytes")
-            if shared:
-                failures.append(
-                    f"{name} sm_{arch}: {result.static_shared + kernel.shared} bytes of "
-                    "shared memory do not fit"
-                )
-        print(f"{name:<{width}} {cells}")
-    print(f"\n{len(jobs)} kernels compiled, {len(failures)} failures")
+    seconds = time.perf_counter() - start
+    failures = failures_of(jobs, compiled)
+    print(table(compiled))
+    if arguments.accept:
+        print("\nMAY_SPILL: dict[tuple[str, int], int] = {")
+        for (name, architecture), x in compiled.items():
+            if x.spill:
+                print(f'    ("{name}", {architecture}): {x.spill},')
+        print("}")
+    print(f"\nprocessor time: {spent(compiled)}")
+    print(f"{len(jobs)} kernels compiled in {seconds:.0f} s, {len(failures)} failures")
     print("\n".join(failures), file=sys.stderr)
     return bool(failures)
 

@@ -209,6 +209,31 @@ def conv1d_case(name: str, *optional: str, taps: int = 3, activation: str = "sil
     return Case(name, function, inputs, primary=name == "plain")
 
 
+def rg_lru_case(name: str, *optional: str, primary: bool = False, **choices: Any) -> Case:
+    shapes = {"x": (L, S), "input_gate": (L, S), "recurrent_gate": (L, S), "rate": (S,)}
+    extra = {
+        "input_bias": (S,), "recurrent_bias": (S,), "h0": (S,), "integration_timesteps": (L,),
+        "reset": (L,), "mask": (L,),
+    }  # fmt: skip
+    shapes |= {n: extra[n] for n in optional}
+
+    def inputs() -> tuple[Tensor, ...]:
+        tensors = {n: draw(*shape, seed=i) for i, (n, shape) in enumerate(shapes.items())}
+        if "reset" in tensors:
+            tensors["reset"] = torch.tensor([False, False, True, False, True][:L])
+        if "mask" in tensors:
+            tensors["mask"] = torch.tensor([True, False, True, True, False][:L])
+        return tuple(tensors.values())
+
+    def function(*tensors: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        named = dict(zip(shapes, tensors, strict=True))
+        for n in named.keys() & {"rate", "integration_timesteps"}:  # positive, whatever comes in
+            named[n] = torch.nn.functional.softplus(named[n])
+        return ops.rg_lru_scan(**named, **choices, backend=backend)
+
+    return Case(name, function, inputs, primary)
+
+
 def loop_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -312,6 +337,14 @@ CASES: dict[str, list[Case]] = {
         selective_case("own decay", "decay_dt", "integration_timesteps", "z"),
         selective_case("dirac", "reset", "D", discretization="dirac", softplus=True),
         selective_case("composite gbt", "D", discretization="gbt", alpha=0.7, softplus=True),
+    ],
+    "rg_lru_scan": [
+        rg_lru_case("plain", "input_bias", "recurrent_bias", "h0", primary=True),
+        rg_lru_case("reset", "input_bias", "h0", "reset", "mask", start_rule=True),
+        rg_lru_case("both timed", "recurrent_bias", "integration_timesteps", start_rule=True),
+        rg_lru_case(
+            "state only timed", "h0", "integration_timesteps", "mask", timestep_mode="state_only"
+        ),
     ],
     "causal_convolution": [
         convolution_case("real", primary=True),

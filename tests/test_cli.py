@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lrnnx_core import registry
+from lrnnx_core.backends import cuda
 from lrnnx_nn import Classifier, optional, recipes
 from lrnnx_nn.cli import doctor
 from lrnnx_nn.cli.main import build_parser, main
@@ -365,12 +366,14 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         "numba",
         "CuPy",
         "NVRTC",
+        "CUDA ops",
         "driver",
         "GPU",
         "safetensors",
     ):
         assert re.search(rf"^{what}\b", text, re.MULTILINE)
     assert torch.__version__ in text
+    assert re.search(r"^CUDA ops +causal_conv1d, linear_scan, rg_lru_scan", text, re.MULTILINE)
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("numba", "rich") else "1")
     monkeypatch.setattr(doctor, "cuda_driver", lambda: (12, 4))
     monkeypatch.setitem(sys.modules, "cupy", None)
@@ -406,6 +409,26 @@ def test_warmup_names_what_is_wrong(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     fails(capsys, ["warmup", "--device", device], message)
+
+
+def test_warmup_says_how_many_kernels_and_compiles_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU of index {index}")
+    monkeypatch.setattr(cuda, "limits", lambda index: cuda.Limits(132, 228 * 1024, 227 * 1024))
+    monkeypatch.setattr(cuda, "_compiler", lambda: None)
+    compiled: list[tuple[cuda.Kernel, int]] = []
+    monkeypatch.setattr(cuda.Kernel, "compile", lambda *call: compiled.append(call))
+    assert main(["warmup", "--device", "cuda:1"]) == 0
+    assert {kernel for kernel, _ in compiled} == set(cuda.listed(1))
+    assert {index for _, index in compiled} == {1}
+    text = capsys.readouterr().out
+    assert f"{len(compiled)} kernels for GPU of index 1" in text
+    assert re.search(rf"^{len(compiled)} kernels ready in \d+\.\d s$", text, re.MULTILINE)
+    fails(capsys, ["warmup", "--device", "cuda:2"], "cuda:2, there are 2 CUDA devices")
 
 
 def test_no_command_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from test_linear_scan import *  # noqa: F403  # every test of the operator, coll
 from test_linear_scan import DTYPES, decay, exact, random, resets
 from torch import Tensor
 
-from lrnnx_core.backends import blocked, cuda, cuda_linear_scan
+from lrnnx_core.backends import blocked, cuda, cuda_linear_scan, cuda_tiles
 from lrnnx_core.ops import linear_scan
 
 pytestmark = pytest.mark.cuda
@@ -65,10 +65,10 @@ def run(
     return h, last, *backend.linear_scan_backward(a, h, h0, reset, g, g_last, reverse)
 
 
-def tile(dtype: torch.dtype, length: int = 1) -> int:
+def tile(dtype: torch.dtype) -> int:
     """Return the steps of one tile of the forward kernel."""
     shared = cuda.limits(0).shared_per_block
-    warps, _, _ = cuda_linear_scan._tile("forward", dtype, True, 1, length, shared)
+    warps, _, _ = cuda_linear_scan._tile("forward", dtype, True, 1, shared)
     return warps * cuda_linear_scan.PLANS[dtype].steps
 
 
@@ -117,8 +117,9 @@ def test_error_is_at_most_twice_that_of_pytorch(dtype: torch.dtype, constant: bo
             ours = run(cuda_linear_scan, a, b, h0, flags, reverse)
             for i, (x, p, w) in enumerate(zip(ours, plain, want, strict=True)):
                 assert (x.dtype, x.shape) == (p.dtype, p.shape)
-                # two roundings of the dtype: what an exact result may differ by
-                floor = torch.finfo(x.dtype).eps
+                # Two roundings of the dtype: what an exact result may differ by. In float64
+                # PyTorch's result is the standard itself.
+                floor = (50 if w.dtype == x.dtype else 1) * torch.finfo(x.dtype).eps
                 assert error(x, w) <= (2 if i < 2 else 3) * error(p, w) + floor
 
 
@@ -275,7 +276,7 @@ def test_what_cannot_run_is_refused_before_a_launch() -> None:
         ValueError, match=r"dtype torch\.float8_e5m2 on CUDA, expected one of float32"
     ):
         cuda_linear_scan.linear_scan(byte, byte, None, None, False)
-    kernel = cuda_linear_scan._sum(torch.float32)
+    kernel = cuda_tiles.sum_kernel(torch.float32, "float32")
     with pytest.raises(Exception, match="integer"):
         kernel.launch(0, 1, 32, 0, 1.5, 0, 0, 0)
     with pytest.raises(ValueError, match="CUDA allows"):

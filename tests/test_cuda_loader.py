@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import re
 import struct
 import sys
+import threading
 import types
 import warnings
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import cuda, cuda_linear_scan
+from lrnnx_core.backends import cuda, cuda_linear_scan, cuda_rg_lru
 
 H100 = cuda.Limits(132, 228 * 1024, 227 * 1024)
 
@@ -53,9 +56,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(Tensor, "get_device", lambda self: 0)
     monkeypatch.setattr(cuda.Kernel, "launch", launch)
-    cuda_linear_scan._shape.cache_clear()
+    for module in (cuda_linear_scan, cuda_rg_lru):
+        module._shape.cache_clear()
     yield seen
-    cuda_linear_scan._shape.cache_clear()
+    for module in (cuda_linear_scan, cuda_rg_lru):
+        module._shape.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", cuda_linear_scan.PLANS, ids=str)
@@ -117,6 +122,36 @@ def test_a_rows_operations_do_not_depend_on_the_batch() -> None:
                     found = call(step, dtype, shape, True, strides, (), None, False, 0, 0)
                 tiles.add((found.threads, found.tiles))
             assert len(tiles) == 1
+
+
+@pytest.mark.parametrize("dtype", cuda_rg_lru.PLANS, ids=str)
+def test_launches_of_the_rg_lru_fit_too(
+    dtype: torch.dtype, launches: list[tuple[Any, ...]]
+) -> None:
+    state = cuda_rg_lru.PLANS[dtype].state
+    for shape in ((1, 3), (300, 3), (2, 300, 64), (2, 3, 1, 5, 7), (1, 40_000, 32)):
+        *batch, length, width = shape
+        x, h0 = torch.zeros(shape, dtype=dtype), torch.zeros(*batch, width, dtype=state)
+        rate, tau = torch.zeros(width, dtype=state), torch.zeros(*batch, length, dtype=state)
+        flags = torch.zeros(*batch, length, dtype=torch.bool)
+        for full, choices in itertools.product((False, True), ((False, True), (True, False))):
+            rest = (rate, rate, h0, tau, flags, flags) if full else (None,) * 6
+            before = len(launches)
+            cuda_rg_lru.rg_lru_scan(x, x, x, rate, *rest, *choices)
+            assert len(launches) == before + 1
+            values = launches[-1][-1]
+            assert values[0] == x.data_ptr()
+            assert values[39:41] == list(map(int, choices))
+            cuda_rg_lru.rg_lru_scan_backward(x, x, h0, x, x, x, rate, *rest, *choices)
+            values = launches[before + 1][-1]
+            step = (length - 1) * width * x.itemsize  # the last step is the first one run
+            assert values[:5] == [x.data_ptr() + step, *values[1:3], -width, 1]
+            assert values[25] == rate.data_ptr()
+            assert values[37] == (tau.data_ptr() + (length - 1) * tau.itemsize if full else 0)
+    for kernel, blocks, threads, shared, _ in launches:
+        assert 1 <= blocks <= 132 * 16 or kernel.entry == "sum_partials"
+        assert threads in range(32, 257, 32)
+        assert shared <= kernel.shared <= H100.shared_per_block or kernel.entry == "sum_partials"
 
 
 def test_no_other_device_and_no_other_dtype(launches: list[tuple[Any, ...]]) -> None:
@@ -234,3 +269,56 @@ def test_the_kernels_of_every_operator_are_listed() -> None:
     found = [k for kernels in cuda.KERNELS.values() for k in kernels(H100)]
     assert len({(k.file, k.entry, k.options) for k in found}) == len(found) >= 38
     assert all(k.shared <= H100.shared_per_block for k in found)
+
+
+@pytest.mark.usefixtures("forget_cupy")
+def test_warm_up_compiles_different_kernels_at_the_same_time_and_each_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cupy, modules = fake_cupy(13000, lambda: (13, 0))
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    both = threading.Barrier(2, timeout=20)
+    compiled: list[Any] = []
+
+    def module(code: str, options: tuple[str, ...]) -> Any:
+        both.wait()  # alone a thread would wait here until the barrier breaks
+        compiled.append(options)
+        function = types.SimpleNamespace(kernel=types.SimpleNamespace(ptr=len(compiled)))
+        return types.SimpleNamespace(get_function=lambda entry: function)
+
+    kernels = [
+        cuda.Kernel("sum.cu", "sum_partials", {"DTYPE": name}, "2P2q")
+        for name in ("float32", "float64", "complex64", "complex128")
+    ]
+    cupy.RawModule = module
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "limits", lambda device: H100)
+    monkeypatch.setattr(cuda, "KERNELS", {"a": lambda limits: kernels, "b": lambda limits: kernels})
+    assert cuda.warm_up(0) == len(cuda.listed(0)) == 4
+    assert cuda.warm_up(0) == 4
+    assert sorted(compiled) == sorted(k.options for k in kernels)
+    assert {k._functions[0] for k in kernels} == {1, 2, 3, 4}
+
+
+@pytest.mark.usefixtures("forget_cupy")
+def test_one_kernel_that_cannot_be_compiled_ends_the_warm_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cupy, modules = fake_cupy(13000, lambda: (13, 0))
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    tried: list[Any] = []
+
+    def refuse(code: str, options: tuple[str, ...]) -> Any:
+        tried.append(options)
+        raise modules["cupy.cuda.compiler"].CompileException("error: no")
+
+    cupy.RawModule = refuse
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(cuda, "limits", lambda device: H100)
+    with pytest.raises(cuda.CudaBackendError, match=r"NVRTC refused a kernel .* error: no"):
+        cuda.warm_up(0)
+    assert len(tried) < len(cuda.listed(0))

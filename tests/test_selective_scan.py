@@ -741,6 +741,26 @@ def test_autograd_keeps_the_inputs_and_one_state_a_chunk(option: str) -> None:
     assert max(kept.values()) < length * states
 
 
+def test_without_a_backward_to_come_no_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = problem(3 * CHUNK)
+    kept: list[int] = []
+    leaf = module._leaf
+
+    def spy(*arguments: Any) -> Any:
+        found = leaf(*arguments)
+        kept.append(found[2].numel())
+        return found
+
+    monkeypatch.setattr(module, "_leaf", spy)
+    want = selective_scan(**named)
+    with torch.no_grad():
+        got = selective_scan(**named)
+        slope = torch.func.grad(lambda u: selective_scan(**named | {"u": u})[0].sum())(named["u"])
+    assert kept == [2 * 3 * E * N, 0, 2 * 3 * E * N]
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    assert bool(slope.isfinite().all())
+
+
 @pytest.mark.slow
 def test_peak_memory_grows_by_a_fraction_of_all_states() -> None:
     """The peak of a training step holds L E numbers a tensor, never L E N."""

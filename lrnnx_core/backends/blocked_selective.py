@@ -150,14 +150,19 @@ class _Chunk:
 
 
 def selective_scan(u: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    """Leaf: y (*batch, L, E), h_last (*batch, E, N), and the state before every chunk, flat."""
-    p = _Problem(u, *rest)  # pyright: ignore[reportArgumentType]
+    """Leaf: y (*batch, L, E), h_last (*batch, E, N), and the state before every chunk, flat.
+
+    The last argument says whether these states are kept for a backward; none are if not.
+    """
+    *arguments, keep = rest
+    p = _Problem(u, *arguments)  # pyright: ignore[reportArgumentType]
     y = torch.empty((p.P, p.R, p.L, p.E), dtype=u.dtype, device=u.device)
     spans = p.chunks()
-    kept = p.h0.new_empty(p.P, p.R, len(spans), p.E, p.N)
+    kept = p.h0.new_empty(p.P, p.R, len(spans) if keep else 0, p.E, p.N)
     h = p.h0
     for i, c in enumerate(spans):
-        kept[:, :, i] = h
+        if keep:
+            kept[:, :, i] = h
         k = _Chunk(p, c)
         hs = k.states(p, h)
         h = hs[:, :, -1]
@@ -167,7 +172,7 @@ def selective_scan(u: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     return (
         y.reshape(u.shape),
         h.reshape(*batch, p.E, p.N).clone(),
-        kept.reshape(*batch, len(spans) * p.E * p.N),
+        kept.reshape(*batch, kept.shape[2] * p.E * p.N),
     )
 
 

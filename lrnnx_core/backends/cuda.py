@@ -23,7 +23,8 @@ import re
 import struct
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from lrnnx_core.backends.transforms import current_stream_handle
 
 LARGEST_GRID = 2**31 - 1
 WARP = 32
+MOST_COMPILERS = 16  # threads of `warm_up`
 
 
 class CudaBackendError(RuntimeError):
@@ -120,6 +122,7 @@ class Kernel:
         )
         self._functions: dict[int, int] = {}
         self._modules: list[Any] = []
+        self._loading = threading.Lock()
         self._local = _Frame(self._struct.size)
 
     def __repr__(self) -> str:
@@ -165,12 +168,9 @@ class Kernel:
             self._load(device)
 
     def _load(self, device: int) -> int:
-        with _lock:
+        cupy = _compiler()
+        with self._loading:  # threads may compile different kernels at the same time
             if device not in self._functions:
-                cupy = cupy_module()
-                if cupy is None:
-                    raise CudaBackendError(f"CuPy is missing: {pip_line()}")
-                _check_driver(cupy)
                 with torch.cuda.device(device), _explained(cupy):
                     module = cupy.RawModule(code=source(self.file), options=self.options)
                     function = module.get_function(self.entry)
@@ -192,6 +192,16 @@ class _Frame(threading.local):
 
 
 _lock = threading.RLock()
+
+
+def _compiler() -> Any:
+    """Return CuPy, once it is known that the driver runs what it compiles."""
+    with _lock:
+        cupy = cupy_module()
+        if cupy is None:
+            raise CudaBackendError(f"CuPy is missing: {pip_line()}")
+        _check_driver(cupy)
+        return cupy
 
 
 def _launch_kernel(*arguments: int) -> None:
@@ -327,17 +337,62 @@ def limits(device: int) -> Limits:
     )
 
 
+def merge_batch(
+    batch: Sequence[int], strides: Sequence[Sequence[int]]
+) -> tuple[int, list[tuple[int, int]]] | None:
+    """Merge batch dimensions to two, (outer, inner), for kernels that know no more.
+
+    Args:
+        batch: the dimensions.
+        strides: of every tensor, over these dimensions.
+
+    Returns:
+        The inner size, and (outer, inner) strides of every tensor; None where that takes a copy.
+    """
+    if not batch:
+        return 1, [(0, 0)] * len(strides)
+    if len(batch) == 1:
+        return batch[0], [(0, s[0]) for s in strides]
+    sizes: list[int] = []
+    kept: list[list[int]] = []  # strides of every tensor, for each size
+    for dim, size in enumerate(batch):
+        here = [s[dim] for s in strides]
+        if size == 1:
+            continue
+        if sizes and all(k == size * s for k, s in zip(kept[-1], here, strict=True)):
+            sizes[-1] *= size
+            kept[-1] = here
+        else:
+            sizes.append(size)
+            kept.append(here)
+    if len(sizes) > 2:
+        return None
+    while len(sizes) < 2:
+        sizes.insert(0, 1)
+        kept.insert(0, [0] * len(strides))
+    return sizes[1], [(o, i) for o, i in zip(*kept, strict=True)]
+
+
 KERNELS: dict[str, Callable[[Limits], list[Kernel]]] = {}
 """Operator -> every kernel it may launch on a device, for `warm_up` and the compile check."""
+
+
+def listed(device: int) -> list[Kernel]:
+    """Return the kernels of every operator for a device, each one once."""
+    return list(dict.fromkeys(k for kernels in KERNELS.values() for k in kernels(limits(device))))
 
 
 def warm_up(device: int) -> int:
     """Compile every kernel for a device ahead of its first use; return how many there are.
 
+    As many at a time as there are processors, sixteen at most.
+
     Raises:
         CudaBackendError: CuPy is missing, or a kernel cannot be compiled.
     """
-    found = [k for kernels in KERNELS.values() for k in kernels(limits(device))]
-    for kernel in found:
-        kernel.compile(device)
+    found = listed(device)
+    _compiler()  # what is wrong with the installation is said once, before there are threads
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_COMPILERS)) as pool:
+        for _ in pool.map(lambda kernel: kernel.compile(device), found):
+            pass  # the first error ends it; what has not begun is cancelled
     return len(found)

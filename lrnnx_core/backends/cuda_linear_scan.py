@@ -10,33 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import blocked, cuda, library
+from lrnnx_core.backends import blocked, cuda, cuda_tiles, library
+from lrnnx_core.backends.cuda_tiles import BITS, EXCHANGE, INITIAL, SIZE, STRIDED, Plan, Strides
 
-WARPS = 8  # of a block, at most
-LONG = 16384  # from this length on a tile spans more time: fewer hand-overs one after the other
-STRIDED, INITIAL, BITS, EXCHANGE, SIZE = "P4q", "P3q", "P3q", "2P", "7q"
+# Chosen by timing (benchmarks/cuda/NOTES.md).
+WARPS = 4  # of a block, at most
+WINDOW = 32  # tiles that a block looks back at together
+HEARD = 16  # bytes of these tiles' products that a lane waits for together
+BLOCKS = 4  # that a multiprocessor has registers for: at most 128 a thread
+PAIRED = 2  # bytes of a number that a lane computes in pairs, at most
 LAYOUTS = {
     "forward": STRIDED * 2 + INITIAL + BITS + "PqP" + EXCHANGE + SIZE,
     "backward": STRIDED * 3 + INITIAL * 2 + BITS + "2Pq2P" + EXCHANGE + SIZE,
-    "sum": "2P2q",
 }
-
-
-class Plan(NamedTuple):
-    """How a dtype is computed.
-
-    Attributes:
-        name: of the dtype in numbers.cuh.
-        state: dtype of states and sums.
-        steps: consecutive steps of a warp. Together with the warps of a block it fixes the order of
-            operations; both depend on dtype, length and device alone, so that a row's result does
-            not depend on the rows around it.
-    """
-
-    name: str
-    state: torch.dtype
-    steps: int
-
 
 PLANS = {
     torch.float32: Plan("float32", torch.float32, 32),
@@ -46,7 +32,6 @@ PLANS = {
     torch.complex64: Plan("complex64", torch.complex64, 16),
     torch.complex128: Plan("complex128", torch.complex128, 8),
 }
-Strides = tuple[int, ...]
 
 
 @functools.cache
@@ -66,19 +51,15 @@ def kernel(step: str, dtype: torch.dtype, varying: bool, pack: int, shared: int)
         "PACK": pack,
         "WARPS": WARPS,
         "STEPS": plan.steps,
-        "BLOCKS": 3,  # of 256 threads: at most 80 registers a thread
+        "BLOCKS": BLOCKS,
+        "WINDOW": WINDOW,
+        "AT_ONCE": max(1, HEARD // (plan.state.itemsize * pack)),
         "VARYING": "true" if varying else "false",
         step.upper(): 1,
     }
     entry = "linear_scan" if step == "forward" else "linear_scan_backward"
-    most = _tile(step, dtype, varying, pack, LONG, shared)[1]
+    most = _tile(step, dtype, varying, pack, shared)[1]
     return cuda.Kernel("linear_scan.cu", entry, definitions, LAYOUTS[step], most)
-
-
-@functools.cache
-def _sum(dtype: torch.dtype) -> cuda.Kernel:
-    definitions = {"DTYPE": PLANS[dtype].name, "WARPS": WARPS}
-    return cuda.Kernel("sum.cu", "sum_partials", definitions, LAYOUTS["sum"])
 
 
 def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
@@ -92,17 +73,17 @@ def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
             for varying in (True, False)
             for pack in packs
         ]
-        found.append(_sum(dtype))
+        found.append(cuda_tiles.sum_kernel(dtype, PLANS[dtype].name))
     return found
 
 
 def _tile(
-    step: str, dtype: torch.dtype, varying: bool, pack: int, length: int, shared: int
+    step: str, dtype: torch.dtype, varying: bool, pack: int, shared: int
 ) -> tuple[int, int, int]:
     """Return a tile's warps, its dynamic shared memory, and the static one of the kernel."""
     plan, rows = PLANS[dtype], cuda.WARP * pack
-    static = (2 * WARPS + 2 * cuda.WARP + 1) * rows * plan.state.itemsize + 512
-    warps = WARPS if length >= LONG else WARPS // 2
+    static = cuda_tiles.static_shared(plan, pack, WARPS, WINDOW)
+    warps = WARPS
     while True:
         arrays = (2 if step == "backward" else 1) + (1 if varying else 0)
         numbers = (arrays * warps * plan.steps + (0 if varying else 1)) * rows
@@ -166,27 +147,16 @@ def _shape(
         device: its index.
     """
     *batch, length, channels = shape
+    size = dtype.itemsize
     all_strides = [*sequences, *states, *(() if reset is None else (reset,))]
-    merged = _merge(batch, [s[: len(batch)] for s in all_strides])
-    if merged is None or alignment % dtype.itemsize:
+    merged = cuda.merge_batch(batch, all_strides)
+    if merged is None or alignment % size:
         return None
     inner, outers = merged
-    size = dtype.itemsize
-    whole = [s[-1] == 1 and all(x * size % 16 == 0 for x in s[:-1]) for s in sequences]
-    wide = sum(1 << i for i, w in enumerate(whole) if w)
-    if alignment or channels * size % 16:
-        wide = 0
-    halves = size == 2 and channels % 2 == 0 and alignment % 4 == 0
-    pairs = all(s[-1] == 1 and not any(x % 2 for x in s[:-1]) for s in sequences)
-    pack = 2 if halves and pairs else 1
-
+    wide, pack = cuda_tiles.access(shape, sequences, alignment, size, PAIRED)
     limits = cuda.limits(device)
-    warps, shared, static = _tile(step, dtype, varying, pack, length, limits.shared_per_block)
-    rows = math.prod(batch) * channels
-    tiles, chains = -(-length // (warps * PLANS[dtype].steps)), -(-rows // (cuda.WARP * pack))
-    threads = cuda.WARP * min(warps, -(-length // PLANS[dtype].steps))
-    resident = min(limits.shared // (shared + static + 1024), 2048 // threads)
-    numbers = tiles * chains * cuda.WARP * pack * PLANS[dtype].state.itemsize // 4
+    warps, shared, static = _tile(step, dtype, varying, pack, limits.shared_per_block)
+    grid = cuda_tiles.grid(limits, PLANS[dtype], shape, pack, warps, shared + static)
     sign = -1 if backwards else 1
     pieces = [(*o, sign * s[-2], s[-1]) for o, s in zip(outers, sequences, strict=False)]
     if not varying:
@@ -199,43 +169,18 @@ def _shape(
     if not varying:
         shifts[0] = 0
     shifts.append((length - 1) * reset[-1] if backwards and reset is not None else 0)
+    rows = math.prod(batch) * channels
     return Shape(
         kernel(step, dtype, varying, pack, limits.shared_per_block),
-        min(tiles * chains, max(resident, 1) * limits.multiprocessors),
-        threads,
+        grid.blocks,
+        grid.threads,
         shared,
-        tiles,
-        1 + 2 * numbers if tiles > 1 else 0,
+        grid.tiles,
+        grid.words,
         tuple(shifts),
         tuple(pieces),
-        (length, channels, inner, rows, tiles, chains, wide),
+        (length, channels, inner, rows, grid.tiles, grid.chains, wide),
     )
-
-
-def _merge(batch: list[int], strides: list[Strides]) -> tuple[int, list[tuple[int, int]]] | None:
-    """Merge batch dimensions to (outer, inner): the inner size, and every tensor's two strides."""
-    if not batch:
-        return 1, [(0, 0)] * len(strides)
-    if len(batch) == 1:
-        return batch[0], [(0, s[0]) for s in strides]
-    sizes: list[int] = []
-    kept: list[list[int]] = []  # strides of every tensor, for each size
-    for dim, size in enumerate(batch):
-        here = [s[dim] for s in strides]
-        if size == 1:
-            continue
-        if sizes and all(k == size * s for k, s in zip(kept[-1], here, strict=True)):
-            sizes[-1] *= size
-            kept[-1] = here
-        else:
-            sizes.append(size)
-            kept.append(here)
-    if len(sizes) > 2:
-        return None
-    while len(sizes) < 2:
-        sizes.insert(0, 1)
-        kept.insert(0, [0] * len(strides))
-    return sizes[1], [(o, i) for o, i in zip(*kept, strict=True)]
 
 
 def linear_scan(
@@ -351,8 +296,8 @@ def linear_scan_backward(
         *call.sizes,
     )  # fmt: skip
     if partial is not None:
-        _sum(h.dtype).launch(
-            device, -(-dh0.numel() // cuda.WARP), cuda.WARP * WARPS, 0,
+        cuda_tiles.sum_kernel(h.dtype, plan.name).launch(
+            device, -(-dh0.numel() // cuda.WARP), cuda.WARP * cuda_tiles.WARPS, 0,
             partial.data_ptr(), da.data_ptr(), tiles, dh0.numel(),
         )  # fmt: skip
     return da, db, dh0

@@ -12,13 +12,14 @@ from lrnnx_core.models._common import check_choice, full_precision
 from lrnnx_core.models._projected import check_parts
 from lrnnx_core.ops.causal_conv1d import causal_conv1d
 from lrnnx_core.ops.guarded_sqrt import guarded_sqrt
-from lrnnx_core.ops.linear_scan import linear_scan
+from lrnnx_core.ops.rg_lru_scan import rg_lru_scan
 from lrnnx_core.sequences import Layout
 from lrnnx_core.types import Mode, Number, Params, TimestepMode
 
 DISCRETIZATIONS = ("none",)
 MODES = ("auto", "scan", "recurrent")
 TIMESTEP_MODES = ("both", "state_only")
+GATES = ("input_gate", "recurrent_gate")
 
 
 class State(NamedTuple):
@@ -89,58 +90,62 @@ def inner(
         x, params["conv_1d.weight"], params.get("conv_1d.bias"),
         None if state is None else state.conv, reset=reset, lengths=layout.lengths,
     )  # fmt: skip
-    log_decay, log_gain, gate = logs_and_gate(params, v, layout.timesteps, options)
+    gates = gate_logits(params, v)
     resets = layout.resets(length)
     with full_precision(x.device):
-        a = torch.exp(log_decay)
-        m = multiplier(log_gain)
-        if options.start_rule:
-            starts = _starts(state, resets, length, x.device)
-            m = torch.where(starts.unsqueeze(-1), torch.ones_like(m), m)
-            # without a state there is nothing to clear at the first sample
-            resets = resets if state is None else starts
-        b = m * (gate * v.to(m.dtype))
-        valid = layout.valid(length)
-        if valid is not None:
-            # a = 1 with no input leaves the state alone: the last state is that at the length
-            kept = valid.unsqueeze(-1)
-            a = torch.where(kept, a, torch.ones_like(a))
-            b = torch.where(kept, b, torch.zeros_like(b))
-        h, last = linear_scan(
-            a, b, None if state is None else state.h, reset=resets,
-            backend="reference" if options.recurrent else "auto",
+        if options.start_rule and state is not None:
+            resets = _starts(state, resets, length)
+        h, last = rg_lru_scan(
+            v, *gates, rate_of(params, gates[0], options), *biases(params, gates[0]),
+            None if state is None else state.h, integration_timesteps=layout.timesteps,
+            timestep_mode=options.timestep_mode, reset=resets, start_rule=options.start_rule,
+            mask=layout.valid(length), backend="reference" if options.recurrent else "auto",
         )  # fmt: skip
         out = torch.nn.functional.gelu(y, approximate="tanh") * h
     return out.to(x.dtype), State(tail, last, _has_started(x, state, layout))
 
 
-def logs_and_gate(
-    params: Params, v: Tensor, timesteps: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log a (..., L, W) in the decay and in the multiplier, and the input gate.
+def gate_logits(params: Params, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what goes into the sigmoids of input and recurrence gate, (..., L, W), but the biases.
 
-    log a = -c r softplus(Lambda): both gates come from one matrix product a block.
+    Both come from one matrix product a block.
     """
-    names = ("input_gate", "recurrent_gate")
-    weights = torch.cat([params[f"rg_lru.{n}_weight"] for n in names], dim=-1)  # (heads, w, 2 w)
+    weights = torch.cat([params[f"rg_lru.{n}_weight"] for n in GATES], dim=-1)  # (heads, w, 2 w)
     heads, width, _ = weights.shape
     dtype = torch.promote_types(v.dtype, weights.dtype)
-    gates = torch.einsum(
+    logits = torch.einsum(
         "...hi,hij->...hj", v.unflatten(-1, (heads, width)).to(dtype), weights.to(dtype)
     )
+    input_gate, recurrent_gate = logits.chunk(2, dim=-1)
+    return input_gate.flatten(-2), recurrent_gate.flatten(-2)
+
+
+def rate_of(params: Params, gate: Tensor, options: Options) -> Tensor:
+    """Return c softplus(Lambda) dt_scale (W,), which is -log a at an open gate."""
+    Lambda = params["rg_lru.recurrent_param"]
+    wide = torch.promote_types(torch.promote_types(gate.dtype, Lambda.dtype), torch.float32)
+    return torch.nn.functional.softplus(Lambda.to(wide)) * options.c * options.dt_scale
+
+
+def biases(params: Params, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the biases of input and recurrence gate, (W,), at least float32."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    to_i, to_r = (params[f"rg_lru.{n}_bias"].flatten().to(wide) for n in GATES)
+    return to_i, to_r
+
+
+def logs(
+    params: Params, v: Tensor, timesteps: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """Return log a (..., L, W) in the decay and in the multiplier."""
+    _, gate = gate_logits(params, v)
     with full_precision(v.device):
-        Lambda = params["rg_lru.recurrent_param"]
-        wide = torch.promote_types(torch.promote_types(dtype, Lambda.dtype), torch.float32)
-        gate, r = (
-            torch.sigmoid(g + params[f"rg_lru.{n}_bias"].to(wide)).flatten(-2)
-            for n, g in zip(names, gates.to(wide).chunk(2, dim=-1), strict=True)
-        )
-        rate = torch.nn.functional.softplus(Lambda.to(wide)) * options.c * options.dt_scale
-        log_a = -rate * r
+        rate = rate_of(params, gate, options)
+        log_a = -rate * torch.sigmoid(gate.to(rate.dtype) + biases(params, gate)[1])
         if timesteps is None:
-            return log_a, log_a, gate
-        timed = timesteps.to(wide).unsqueeze(-1) * log_a
-        return timed, log_a if options.timestep_mode == "state_only" else timed, gate
+            return log_a, log_a
+        timed = timesteps.to(rate.dtype).unsqueeze(-1) * log_a
+        return timed, log_a if options.timestep_mode == "state_only" else timed
 
 
 def multiplier(log_a: Tensor) -> Tensor:
@@ -154,13 +159,10 @@ def state_shapes(params: Params) -> tuple[tuple[int, int], tuple[int]]:
     return (taps - 1, width), (width,)
 
 
-def _starts(
-    state: State | None, resets: Tensor | None, length: int, device: torch.device
-) -> Tensor:
+def _starts(state: State, resets: Tensor | None, length: int) -> Tensor:
     """Return where a document starts: at resets, and at the first sample a fresh state meets."""
-    starts = torch.arange(length, device=device) == 0
-    if state is not None:
-        starts = starts & ~state.started.unsqueeze(-1)
+    first = torch.arange(length, device=state.started.device) == 0
+    starts = first & ~state.started.unsqueeze(-1)
     return starts if resets is None else starts | resets
 
 

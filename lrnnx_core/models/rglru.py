@@ -188,7 +188,7 @@ def discretize(
     width = params["rg_lru.recurrent_param"].shape[0]
     if v.shape[-1] != width:
         raise ValueError(f"rglru.discretize: v {tuple(v.shape)}, expected (..., L, W = {width})")
-    log_decay, log_gain, _ = _griffin.logs_and_gate(params, v, integration_timesteps, options)
+    log_decay, log_gain = _griffin.logs(params, v, integration_timesteps, options)
     with full_precision(v.device):
         return torch.exp(log_decay), _griffin.multiplier(log_gain)
 

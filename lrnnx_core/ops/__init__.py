@@ -6,6 +6,7 @@ from lrnnx_core.ops.causal_conv1d import causal_conv1d
 from lrnnx_core.ops.causal_convolution import causal_convolution
 from lrnnx_core.ops.linear_scan import linear_scan
 from lrnnx_core.ops.projected_convolution import projected_convolution
+from lrnnx_core.ops.rg_lru_scan import rg_lru_scan
 from lrnnx_core.ops.selective_scan import selective_scan
 from lrnnx_core.ops.vandermonde import vandermonde
 
@@ -15,6 +16,7 @@ __all__ = [
     "cauchy",
     "linear_scan",
     "projected_convolution",
+    "rg_lru_scan",
     "selective_scan",
     "vandermonde",
 ]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import blocked_selective, library, reference
+from lrnnx_core.backends import blocked_selective, cuda_selective_scan, library, reference
 from lrnnx_core.backends.transforms import (
     allow_in_graph,
     differentiation_depth,
@@ -264,7 +264,9 @@ def _selective_scan(
     if differentiation_depth() > 1 or forward_mode_depth() or dual_level_active():
         function, _ = resolve(scheme)  # pyright: ignore[reportArgumentType]
         return _composite(arguments, softplus, state_only, function)
-    y, last, _ = _Selective.apply(*arguments, softplus, state_only, scheme)
+    # without a backward to come, nothing is kept for it
+    keep = torch.is_grad_enabled() or differentiation_depth() > 0
+    y, last, _ = _Selective.apply(*arguments, softplus, state_only, scheme, keep)
     return y, last
 
 
@@ -277,7 +279,7 @@ class _Selective(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.choices = inputs[12:]
+        ctx.choices = inputs[12:15]
         ctx.save_for_backward(*inputs[:12], output[2])
 
     @staticmethod
@@ -285,7 +287,7 @@ class _Selective(torch.autograd.Function):
         *inputs, kept = ctx.saved_tensors
         results = _SelectiveBackward.apply(kept, grads[0], grads[1], *inputs, *ctx.choices)
         gradients = [g if t is not None else None for g, t in zip(results, inputs, strict=False)]
-        return (*gradients, None, *(None,) * len(ctx.choices))
+        return (*gradients, None, *(None,) * len(ctx.choices), None)
 
 
 class _SelectiveBackward(torch.autograd.Function):
@@ -341,7 +343,7 @@ def _shapes(u: Tensor, dt: Tensor, A: Tensor) -> tuple[tuple[int, ...], torch.dt
 
 def _fake(u: Tensor, dt: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     shape, kind = _shapes(u, dt, A)
-    chunks = -(-u.shape[-2] // blocked_selective.CHUNK)
+    chunks = -(-u.shape[-2] // blocked_selective.CHUNK) if rest[-1] else 0
     kept = (*u.shape[:-2], chunks * A.shape[-2] * A.shape[-1])
     return u.new_empty(u.shape), u.new_empty(shape, dtype=kind), u.new_empty(kept, dtype=kind)
 
@@ -360,7 +362,7 @@ def _default_backward(kept: Tensor, gy: Tensor, glast: Tensor, *rest: Any) -> tu
 
 
 _leaf = library.define(
-    f"selective_scan({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    f"selective_scan({_ARGUMENTS}, bool keep) -> (Tensor, Tensor, Tensor)",
     default=blocked_selective.selective_scan,
     fake=_fake,
 )
@@ -373,3 +375,4 @@ _leaf_backward = library.define(
 for _function in (_Selective.forward, _SelectiveBackward.forward):
     setattr(_function, "__signature__", inspect.signature(_function))  # noqa: B010
 allow_in_graph(_selective_scan)
+_CUDA = cuda_selective_scan.implement()

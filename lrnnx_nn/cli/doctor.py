@@ -60,10 +60,11 @@ def _demo() -> list[Finding]:
 def _sources() -> list[Finding]:
     from lrnnx_core.backends import cuda
 
+    operators = Finding("CUDA ops", ", ".join(sorted(cuda.KERNELS)))
     try:
-        return [Finding("CUDA source", str(cuda.source_dir()))]
+        return [operators, Finding("CUDA source", str(cuda.source_dir()))]
     except FileNotFoundError as error:
-        return [Finding("CUDA source", "missing", str(error))]
+        return [operators, Finding("CUDA source", "missing", str(error))]
 
 
 def _gpu() -> list[Finding]:

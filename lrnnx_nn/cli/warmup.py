@@ -30,11 +30,13 @@ def run(arguments: argparse.Namespace) -> int:
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ValueError(f"warmup: {device}, there are {torch.cuda.device_count()} CUDA devices")
+    name = torch.cuda.get_device_name(index)
+    print(f"{len(cuda.listed(index))} kernels for {name}; compiling those that are not kept yet")
     start = time.perf_counter()
     try:
         count = cuda.warm_up(index)
     except cuda.CudaBackendError as error:
         raise ValueError(f"warmup: {error}") from error
     seconds = time.perf_counter() - start
-    print(f"{count} kernels for {torch.cuda.get_device_name(index)} ready in {seconds:.1f} s")
+    print(f"{count} kernels ready in {seconds:.1f} s")
     return 0

@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: MIT
+"""The short convolution's leaf operators on CUDA: shapes, strides, launches of its kernels."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrnnx_core.backends import blocked_conv1d, cuda, library
+from lrnnx_core.backends.reference import state_dtype
+
+MOST_TAPS = 8
+SUM_WARPS = 8
+MOST_TILES = 1024  # partial sums of a parameter
+LARGEST = 2**31 - 1
+SEGMENTS = (128, 64, 32, 16)  # steps that a thread walks: the longest which fill the device
+SEQUENCE, TAIL, PARAMETER, BITS, SIZE = "P3q", "P2q", "Pq", "P3q", "12q"
+LAYOUTS = {
+    "forward": SEQUENCE + TAIL + PARAMETER * 2 + BITS + "2P" + SIZE,
+    "backward": SEQUENCE * 2 + TAIL * 2 + PARAMETER * 2 + BITS + "3P" + SIZE,
+    "sum": "3P3q",
+}
+NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+STATES = {dtype: state_dtype(dtype) for dtype in NAMES}
+Strides = tuple[int, ...]
+
+
+class Tuning(NamedTuple):
+    """The shape of a launch, which changes the sums of the parameters' gradients and nothing else.
+
+    Attributes:
+        threads: of a block, at most.
+        columns: packs of channels that a block spans, at most.
+        blocks: that a multiprocessor must have registers for.
+        unroll: steps whose inputs a thread asks for at once.
+        pack: channels of a thread, at most, for up to four taps; half of it for more.
+        resident: threads a multiprocessor that a launch should have at least.
+    """
+
+    threads: int
+    columns: int
+    blocks: int
+    unroll: int
+    pack: int
+    resident: int
+
+
+TUNING = {
+    "forward": Tuning(256, 256, 2, 4, 8, 1024),
+    "backward": Tuning(128, 32, 3, 4, 4, 512),
+}
+
+
+@functools.cache
+def kernel(
+    step: str, dtype: torch.dtype, weight: torch.dtype, taps: int, pack: int, tuning: Tuning
+) -> cuda.Kernel:
+    """Return a kernel.
+
+    Args:
+        step: "forward" or "backward".
+        dtype: of the sequences.
+        weight: dtype of the weight and the bias.
+        taps: K.
+        pack: neighbouring channels that a thread computes.
+        tuning: see `Tuning`.
+    """
+    definitions = {
+        "DTYPE": NAMES[dtype],
+        "WEIGHT": NAMES[weight],
+        "TAPS": taps,
+        "PACK": pack,
+        "THREADS": tuning.threads,
+        "BLOCKS": tuning.blocks,
+        "UNROLL": tuning.unroll,
+        step.upper(): 1,
+    }
+    entry = "causal_conv1d" if step == "forward" else "causal_conv1d_backward"
+    return cuda.Kernel("causal_conv1d.cu", entry, definitions, LAYOUTS[step])
+
+
+@functools.cache
+def _sum(weight: torch.dtype, state: torch.dtype, taps: int) -> cuda.Kernel:
+    definitions = {
+        "DTYPE": NAMES[state], "WEIGHT": NAMES[weight], "TAPS": taps, "WARPS": SUM_WARPS, "SUM": 1,
+    }  # fmt: skip
+    return cuda.Kernel("causal_conv1d.cu", "causal_conv1d_sum", definitions, LAYOUTS["sum"])
+
+
+def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
+    """Return the kernels of the models' convolutions, four taps wide, on aligned tensors."""
+    found: list[cuda.Kernel] = []
+    for dtype in NAMES:
+        state = STATES[dtype]
+        for weight in dict.fromkeys((dtype, state)):
+            for step, tuning in TUNING.items():
+                pack = _most(tuning, dtype, 4)
+                found.append(kernel(step, dtype, weight, 4, pack, tuning))
+        found.append(_sum(dtype, state, 4))
+    return found
+
+
+def _most(tuning: Tuning, dtype: torch.dtype, taps: int) -> int:
+    """Return how many neighbouring channels a thread computes where alignment allows it."""
+    return min(16 // dtype.itemsize, tuning.pack if taps <= 4 else tuning.pack // 2)
+
+
+class Shape(NamedTuple):
+    """Everything of a launch that does not change while shapes and strides do not.
+
+    Attributes:
+        kernel: what is launched.
+        blocks: the grid.
+        threads: of a block.
+        sequences: (group, row, time) strides.
+        tail: (group, row) strides of all tails, which are contiguous.
+        parameters: the group strides of weight and bias.
+        reset: its (group, row, time) strides.
+        groups: of batch elements, each with a weight of its own.
+        tiles: partial sums of a group.
+        sizes: the last fields of the arguments, without silu and wide.
+    """
+
+    kernel: cuda.Kernel
+    blocks: int
+    threads: int
+    sequences: tuple[Strides, ...]
+    tail: tuple[int, int]
+    parameters: tuple[int, int]
+    reset: Strides
+    groups: int
+    tiles: int
+    sizes: Strides
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(
+    step: str,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    shape: torch.Size,
+    weight_shape: torch.Size,
+    sequences: tuple[Strides, ...],
+    weight: Strides,
+    bias: Strides | None,
+    reset: Strides | None,
+    alignment: int,
+    device: int,
+) -> Shape | None:
+    """Return the launch, None where a tensor must be made compact first.
+
+    Args:
+        step: "forward" or "backward".
+        dtype: of the sequences.
+        weight_dtype: of weight and bias.
+        shape: of x.
+        weight_shape: that of the weight.
+        sequences: strides of x, and of grad_y before it.
+        weight: its strides.
+        bias: its strides.
+        reset: its strides.
+        alignment: the bits of all addresses of sequences and tails below 16.
+        device: its index.
+    """
+    *batch, length, channels = shape
+    shared, taps, size = len(weight_shape) - 3, weight_shape[-1], dtype.itemsize
+    rows = [_rows(s, batch, shared, channels) for s in sequences]
+    flags = (0, 0) if reset is None else _rows(reset, batch, shared)
+    own = [_group(weight, weight_shape, shared), 0]
+    if bias is not None:
+        own[1] = _group(bias, weight_shape[:-2], shared)
+    if None in (*rows, *own, flags) or alignment % size:
+        return None
+    times = [s[-2] if length > 1 else 0 for s in sequences]
+    strides = tuple((*r, t) for r, t in zip(rows, times, strict=True) if r is not None)
+    tuning = TUNING[step]
+    together = math.gcd(channels, *(x for s in strides for x in s))
+    pack = math.gcd(_most(tuning, dtype, taps), together, (alignment or 16) // size)
+    groups, inner = math.prod(batch[:shared]), math.prod(batch[shared:])
+    blocks, threads, tiles, sizes = _launch(
+        step, groups, inner, length, channels // pack, cuda.limits(device)
+    )
+    entries = (taps - 1) * channels
+    return Shape(
+        kernel(step, dtype, weight_dtype, taps, pack, tuning),
+        blocks, threads, strides, (inner * entries, entries), (own[0] or 0, own[1] or 0),
+        (0, 0, 0) if reset is None else (*(flags or ()), reset[-1]),
+        groups, tiles, (length, channels, *sizes),
+    )  # fmt: skip
+
+
+def _merged(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """Return the stride of all dimensions read as one, None where that has none."""
+    whole, step = 1, 0
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if whole == 1:
+            step = stride
+        elif stride != whole * step:
+            return None
+        whole *= size
+    return step
+
+
+def _rows(
+    strides: Strides, batch: Sequence[int], shared: int, channels: int = 1
+) -> tuple[int, int] | None:
+    """Return the strides of groups and of their rows; None unless channels are neighbours."""
+    group = _merged(batch[:shared], strides[:shared])
+    row = _merged(batch[shared:], strides[shared : len(batch)])
+    if group is None or row is None or (channels > 1 and strides[-1] != 1):
+        return None
+    return group, row
+
+
+def _group(strides: Strides, shape: Sequence[int], shared: int) -> int | None:
+    """Return the stride of a parameter's groups; None unless each is contiguous."""
+    whole = 1
+    for size, stride in zip(reversed(shape[shared:]), reversed(strides[shared:]), strict=True):
+        if size > 1 and stride != whole:
+            return None
+        whole *= size
+    return _merged(shape[:shared], strides[:shared])
+
+
+def _launch(
+    step: str, groups: int, rows: int, length: int, packs: int, limits: cuda.Limits
+) -> tuple[int, int, int, Strides]:
+    """Return blocks, threads, tiles of a group, and (rows, segment, ..., span) of the arguments."""
+    tuning = TUNING[step]
+    segment = next(
+        (
+            s
+            for s in SEGMENTS
+            if groups * rows * -(-length // s) * packs >= limits.multiprocessors * tuning.resident
+        ),
+        SEGMENTS[-1],
+    )
+    segments = -(-length // segment)
+    items = rows * segments * (groups if step == "forward" else 1)
+    threads = tuning.threads
+    while True:
+        column_blocks = -(-packs // min(tuning.columns, threads))
+        columns = -(-packs // column_blocks)
+        seats = min(threads // columns, items)  # rows of a block
+        span = 1 if step == "forward" else -(-items // (seats * MOST_TILES))
+        tiles = -(-items // (seats * span))
+        blocks = column_blocks * tiles * (1 if step == "forward" else groups)
+        if blocks >= limits.multiprocessors or threads <= 2 * cuda.WARP:
+            break
+        threads //= 2
+    sizes = (rows, segment, segments, columns, column_blocks, items, tiles, span)
+    return blocks, columns * seats, tiles, sizes
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor | None,
+    reset: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Leaf: y (*batch, L, C) and the new tail, as `blocked_conv1d.causal_conv1d`."""
+    if not _fits(x, weight):
+        return blocked_conv1d.causal_conv1d(x, weight, bias, tail, reset, silu)
+    device = _check("causal_conv1d", x, weight=weight, bias=bias, tail=tail, reset=reset)
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return causal_conv1d(x, weight, bias, tail, reset, silu)
+    weight, bias = _parameters(x, weight, bias)
+    shape, taps = x.shape, weight.shape[-1]
+    tail = None if tail is None or taps == 1 else tail.contiguous()
+    at_x = x.data_ptr()
+    at_tail = 0 if tail is None else tail.data_ptr()
+    call = _shape(
+        "forward", x.dtype, weight.dtype, shape, weight.shape, (x.stride(),), weight.stride(),
+        None if bias is None else bias.stride(), None if reset is None else reset.stride(),
+        (at_x | at_tail) & 15, device,
+    )  # fmt: skip
+    if call is None:
+        x, weight, bias, tail, reset = _compact(x, weight, bias, tail, reset)
+        return causal_conv1d(x, weight, bias, tail, reset, silu)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    last = torch.empty((*shape[:-2], taps - 1, shape[-1]), dtype=x.dtype, device=x.device)
+    call.kernel.launch(
+        device, call.blocks, call.threads, 0,
+        at_x, *call.sequences[0],
+        at_tail, *call.tail,
+        *_pointers(call, weight, bias),
+        0 if reset is None else reset.data_ptr(), *call.reset,
+        y.data_ptr(), last.data_ptr(),
+        *call.sizes, silu, _wide(call, weight),
+    )  # fmt: skip
+    return y, last
+
+
+def causal_conv1d_backward(
+    grad_y: Tensor,
+    grad_last: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor | None,
+    reset: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Leaf: (dx, dweight, dbias, dtail), as `blocked_conv1d.causal_conv1d_backward`."""
+    given = (grad_y, grad_last, x, weight, bias, tail, reset)
+    if not _fits(x, weight) or not grad_y.dtype == grad_last.dtype == x.dtype:
+        return blocked_conv1d.causal_conv1d_backward(*given, silu)
+    device = _check(
+        "causal_conv1d_backward", x, weight=weight, bias=bias, tail=tail, reset=reset,
+        grad_y=grad_y, grad_last=grad_last,
+    )  # fmt: skip
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return causal_conv1d_backward(*given, silu)
+    w, b = _parameters(x, weight, bias)
+    shape, taps = x.shape, weight.shape[-1]
+    before = None if tail is None or taps == 1 else tail.contiguous()
+    grad_last = grad_last.contiguous()
+    at_g, at_x, at_last = grad_y.data_ptr(), x.data_ptr(), grad_last.data_ptr()
+    at_tail = 0 if before is None else before.data_ptr()
+    call = _shape(
+        "backward", x.dtype, w.dtype, shape, w.shape, (grad_y.stride(), x.stride()), w.stride(),
+        None if b is None else b.stride(), None if reset is None else reset.stride(),
+        (at_g | at_x | at_last | at_tail) & 15, device,
+    )  # fmt: skip
+    if call is None:
+        grad_y, _, grad_last = _compact(grad_y, weight, grad_last)
+        x, weight, bias, tail, reset = _compact(x, weight, bias, tail, reset)
+        return causal_conv1d_backward(grad_y, grad_last, x, weight, bias, tail, reset, silu)
+    dx = torch.empty(shape, dtype=x.dtype, device=x.device)
+    dtail = x.new_empty(0 if tail is None else tail.shape)
+    dweight = torch.empty(w.shape, dtype=w.dtype, device=x.device)
+    dbias = x.new_empty(0) if b is None else torch.empty(b.shape, dtype=b.dtype, device=x.device)
+    channels, state = shape[-1], STATES[x.dtype]
+    numbers = (taps + 1) * channels
+    partial = torch.empty(call.groups * call.tiles * numbers, dtype=state, device=x.device)
+    call.kernel.launch(
+        device, call.blocks, call.threads, 0,
+        at_g, *call.sequences[0],
+        at_x, *call.sequences[1],
+        at_last, *call.tail,
+        at_tail, *call.tail,
+        *_pointers(call, w, b),
+        0 if reset is None else reset.data_ptr(), *call.reset,
+        dx.data_ptr(), 0 if tail is None else dtail.data_ptr(), partial.data_ptr(),
+        *call.sizes, silu, _wide(call, w),
+    )  # fmt: skip
+    blocks = -(-numbers // cuda.WARP)
+    _sum(w.dtype, state, taps).launch(
+        device, call.groups * blocks, cuda.WARP * SUM_WARPS, 0,
+        partial.data_ptr(), dweight.data_ptr(), 0 if b is None else dbias.data_ptr(),
+        call.tiles, channels, blocks,
+    )  # fmt: skip
+    dbias = dbias if bias is None else dbias.to(bias.dtype)
+    return dx, dweight.to(weight.dtype), dbias, dtail
+
+
+def _pointers(call: Shape, weight: Tensor, bias: Tensor | None) -> tuple[int, int, int, int]:
+    at_bias = 0 if bias is None else bias.data_ptr()
+    return weight.data_ptr(), call.parameters[0], at_bias, call.parameters[1]
+
+
+def _wide(call: Shape, weight: Tensor) -> bool:
+    """Return whether the weight can be read 16 bytes at a time."""
+    return (weight.data_ptr() | call.parameters[0] * weight.itemsize) % 16 == 0
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the kernels compute this (or refuse it); plain PyTorch does the rest."""
+    if not cuda.ready() or weight.shape[-1] > MOST_TAPS or x.numel() == 0:
+        return False
+    if x.numel() > LARGEST and x.numel() // x.shape[-1] // SEGMENTS[-1] > LARGEST:
+        return False  # more segments than the kernels count
+    state = STATES.get(x.dtype)
+    return state is None or torch.promote_types(state, weight.dtype) == state
+
+
+def _check(operator: str, x: Tensor, **others: Tensor | None) -> int:
+    if x.dtype not in NAMES:
+        raise ValueError(
+            f"{operator}: dtype {x.dtype} on CUDA, expected one of {', '.join(NAMES.values())}"
+        )
+    device = x.get_device()
+    for name, other in others.items():
+        if other is not None and other.get_device() != device:
+            raise ValueError(f"{operator}: {name} is on {other.device} and x on {x.device}")
+    return device
+
+
+def _parameters(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Bring weight and bias to one dtype: x's if both have it, else that of the state."""
+    dtype = weight.dtype
+    if (bias is None and dtype == x.dtype) or (bias is not None and bias.dtype == dtype == x.dtype):
+        return weight, bias
+    state = STATES[x.dtype]
+    return weight.to(state), None if bias is None else bias.to(state)
+
+
+def _compact(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any]:
+    """Copy what the kernels cannot read as it lies; x is a sequence, weight tells the groups."""
+    shared, size = weight.ndim - 3, x.itemsize
+    as_is = _rows(x.stride(), x.shape[:-2], shared, x.shape[-1]) is not None
+    if not as_is or x.data_ptr() % size:
+        x = x.clone(memory_format=torch.contiguous_format)
+    rest = [None if t is None else t.clone(memory_format=torch.contiguous_format) for t in others]
+    return [x, weight.contiguous(), *rest]
+
+
+def implement() -> tuple[torch.library.Library, ...]:
+    """Register both operators for CUDA tensors; the handles keep them in force."""
+    cuda.KERNELS["causal_conv1d"] = kernels
+    return (
+        library.implement("causal_conv1d", "cuda", causal_conv1d),
+        library.implement("causal_conv1d_backward", "cuda", causal_conv1d_backward),
+    )

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+# pyright: basic
+"""What launchers over cuda/tiles.cuh share: fields of its structs, widths of accesses, grids."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from lrnnx_core.backends import cuda
+
+Strides = tuple[int, ...]
+
+WARPS = 8  # of a block, at most
+STRIDED, INITIAL, BITS, EXCHANGE, SIZE = "P4q", "P3q", "P3q", "2P", "7q"
+
+
+class Plan(NamedTuple):
+    """How a dtype is computed.
+
+    Attributes:
+        name: of the dtype in numbers.cuh.
+        state: dtype of states and sums.
+        steps: consecutive steps of a warp. Together with the warps of a block it fixes the order of
+            operations; both depend on dtype, length and device alone, so that a row's result does
+            not depend on the rows around it.
+    """
+
+    name: str
+    state: torch.dtype
+    steps: int
+
+
+def access(
+    shape: torch.Size, sequences: Sequence[Strides], alignment: int, size: int, paired: int
+) -> tuple[int, int]:
+    """Return which sequences are copied 16 bytes at a time, as bits, and the channels of a lane.
+
+    Args:
+        shape: of the sequences, (..., L, S).
+        sequences: strides.
+        alignment: the bits of all sequences' addresses below 16.
+        size: bytes of a number.
+        paired: bytes of a number up to which a lane may compute two neighbouring channels.
+    """
+    channels = shape[-1]
+    whole = [s[-1] == 1 and all(x * size % 16 == 0 for x in s[:-1]) for s in sequences]
+    wide = sum(1 << i for i, w in enumerate(whole) if w)
+    if alignment or channels * size % 16:
+        wide = 0
+    even = channels % 2 == 0 and alignment % (2 * size) == 0
+    pairs = all(s[-1] == 1 and not any(x % 2 for x in s[:-1]) for s in sequences)
+    return wide, 2 if size <= paired and even and pairs else 1
+
+
+def static_shared(plan: Plan, pack: int, warps: int, window: int) -> int:
+    """Return a bound on the static shared memory of a kernel compiled for so many warps."""
+    return (3 * warps + 2 * window + 1) * cuda.WARP * pack * plan.state.itemsize + 512
+
+
+class Grid(NamedTuple):
+    """The size of a launch.
+
+    Attributes:
+        blocks: the grid.
+        threads: of a block.
+        tiles: in time; more than one speak to each other.
+        chains: groups of rows.
+        words: 64-bit words through which tiles do, the ticket included.
+    """
+
+    blocks: int
+    threads: int
+    tiles: int
+    chains: int
+    words: int
+
+
+def grid(
+    limits: cuda.Limits, plan: Plan, shape: torch.Size, pack: int, warps: int, shared: int
+) -> Grid:
+    """Return the grid for sequences of ``shape`` whose blocks take ``shared`` bytes in all."""
+    length = shape[-2]
+    rows = math.prod(shape[:-2]) * shape[-1]
+    tiles, chains = -(-length // (warps * plan.steps)), -(-rows // (cuda.WARP * pack))
+    threads = cuda.WARP * min(warps, -(-length // plan.steps))
+    resident = min(limits.shared // (shared + 1024), 2048 // threads)
+    numbers = tiles * chains * cuda.WARP * pack * plan.state.itemsize // 4
+    return Grid(
+        min(tiles * chains, max(resident, 1) * limits.multiprocessors),
+        threads,
+        tiles,
+        chains,
+        1 + 2 * numbers if tiles > 1 else 0,
+    )
+
+
+@functools.cache
+def sum_kernel(dtype: torch.dtype, name: str) -> cuda.Kernel:
+    """Return the kernel that adds up partial sums over tiles; ``name`` of the dtype in numbers.cuh.
+
+    It is launched over ceil(rows / 32) blocks of 32 ``WARPS`` threads.
+    """
+    return cuda.Kernel("sum.cu", "sum_partials", {"DTYPE": name, "WARPS": WARPS}, "2P2q")
