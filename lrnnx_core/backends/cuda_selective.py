@@ -254,12 +254,12 @@ class Problem:
         self.decay = 0 if not own else 2 if self.varies(decay_dt, 1) else 1
         self.decay_dt = decay_dt if not own else self._own_step(decay_dt)
         self.B, self.C = self._matrix(B), self._matrix(C)
-        self.timesteps = None if timesteps is None else timesteps.to(real)
+        self.timesteps = None if timesteps is None else _cast(timesteps, real)
         self.reset = reset
-        self.A = aligned(A.to(self.state))
-        self.D = None if D is None else D.to(real).contiguous()
-        self.bias = None if dt_bias is None else dt_bias.to(real).contiguous()
-        self.h0 = None if h0 is None else aligned(h0.to(self.state))
+        self.A = aligned(_cast(A, self.state))
+        self.D = None if D is None else _cast(D, real).contiguous()
+        self.bias = None if dt_bias is None else _cast(dt_bias, real).contiguous()
+        self.h0 = None if h0 is None else aligned(_cast(h0, self.state))
         per_group = [self.width // t.shape[-2] for t in (self.B, self.C)]
         sizes = [g for g, t in zip(per_group, (self.B, self.C), strict=True) if self.varies(t)]
         self.piece = math.gcd(*sizes) if sizes else self.width
@@ -271,14 +271,14 @@ class Problem:
         return t.shape[-1 - tail] == self.length
 
     def _sequence(self, t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.to(self.dtype)
+        return None if t is None else _cast(t, self.dtype)
 
     def _own_step(self, t: Tensor) -> Tensor:
-        return t.to(self.dtype if self.decay == 2 else self.real)
+        return _cast(t, self.dtype if self.decay == 2 else self.real)
 
     def _matrix(self, t: Tensor) -> Tensor:
         plain = self.varies(t) and not self.state.is_complex
-        t = t.to(self.dtype if plain else self.state)
+        t = _cast(t, self.dtype if plain else self.state)
         return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
     def _merged(self) -> tuple[int, dict[str, tuple[int, int]]]:
@@ -400,6 +400,10 @@ class Problem:
         )  # fmt: skip
         pieces = self.rows * segments * (self.width // self.piece)
         return choose(x, states, self.piece, pieces, cuda.limits(device))
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _state(dtype: torch.dtype) -> torch.dtype:
