@@ -474,6 +474,23 @@ constexpr bool ALIGNABLE = Copies::Sequence::POSSIBLE && (Copies::Rows::POSSIBLE
 constexpr long long WIDE_ALL = WIDE_u | WIDE_dt | (DECAY == 2 ? WIDE_decay : 0) |
                                (B_VARIES ? WIDE_B : 0) | (C_VARIES ? WIDE_C : 0);
 
+template <int STEPS, bool WHOLE, class Stage>
+__device__ __forceinline__ void fetch_of(Stage& to, const Copies& copies, long long first) {
+    copies.template all<STEPS, WHOLE>(to, first);
+    if (GATE)
+        copies.template run<STEPS, WHOLE>(to.z, copies.z, copies.in.z.row, copies.at.live, first);
+}
+
+// Start to copy a tile of STEPS steps from `first` on, z among them.
+template <int STEPS, class Stage>
+__device__ __forceinline__ void fetch(Stage& to, const Copies& copies, long long first) {
+    copies.template times<STEPS>(to.tau, first);
+    if (ALIGNABLE && copies.template whole<STEPS>(first, WIDE_ALL | (GATE ? WIDE_z : 0)))
+        fetch_of<STEPS, ALIGNABLE>(to, copies, first);
+    else
+        fetch_of<STEPS, false>(to, copies, first);
+}
+
 // ------------------------------------------------------------------------------ elements
 
 // Every lane prepares and finishes elements of one channel: steps e * EVERY + row of a tile.

@@ -34,20 +34,6 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "the launcher gives too little sha
 
 extern __shared__ uint4 arena[];
 
-template <bool WHOLE>
-__device__ __forceinline__ void fetch_of(Stage& to, const Copies& copies, long long first) {
-    copies.all<TILE, WHOLE>(to, first);
-    if (GATE) copies.run<TILE, WHOLE>(to.z, copies.z, copies.in.z.row, copies.at.live, first);
-}
-
-__device__ __forceinline__ void fetch(Stage& to, const Copies& copies, long long first) {
-    copies.times<TILE>(to.tau, first);
-    if (ALIGNABLE && copies.whole<TILE>(first, WIDE_ALL | (GATE ? WIDE_z : 0)))
-        fetch_of<ALIGNABLE>(to, copies, first);
-    else
-        fetch_of<false>(to, copies, first);
-}
-
 // Put the adjoint's drive, the gradient before the gate, in place of the input's.
 __device__ __forceinline__ void gate(Step* steps, const Stage& stage, const Column& mine, int lane,
                                      int count) {
@@ -95,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int tiles = int((at.length + TILE - 1) / TILE);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) {
-        if (i < tiles) fetch(shared.stage[i], copies, (long long)i * TILE);
+        if (i < tiles) fetch<TILE>(shared.stage[i], copies, (long long)i * TILE);
         commit();
     }
     int now = 0;
@@ -107,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         wait_for<STAGES - 2>();
         __syncthreads();
         if (ahead < tiles)
-            fetch(shared.stage[now == 0 ? STAGES - 1 : now - 1], copies, (long long)ahead * TILE);
+            fetch<TILE>(shared.stage[now == 0 ? STAGES - 1 : now - 1], copies, (long long)ahead * TILE);
         commit();
         const Stage& stage = shared.stage[now];
         now = now == STAGES - 1 ? 0 : now + 1;

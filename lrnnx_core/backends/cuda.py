@@ -34,6 +34,15 @@ from lrnnx_core.backends.transforms import current_stream_handle
 
 LARGEST_GRID = 2**31 - 1
 WARP = 32
+NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.complex64: "complex64",
+    torch.complex128: "complex128",
+}
+"""How numbers.cuh calls each dtype."""
 MOST_COMPILERS = 16  # threads of `warm_up`
 
 

@@ -25,12 +25,7 @@ LAYOUTS = {
     "backward": SEQUENCE * 2 + TAIL * 2 + PARAMETER * 2 + BITS + "3P" + SIZE,
     "sum": "3P3q",
 }
-NAMES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
+NAMES = {d: cuda.NAMES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 
 
 STATES = {dtype: state_dtype(dtype) for dtype in NAMES}

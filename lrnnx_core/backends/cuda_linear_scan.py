@@ -73,7 +73,7 @@ def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
             for varying in (True, False)
             for pack in packs
         ]
-        found.append(cuda_tiles.sum_kernel(dtype, PLANS[dtype].name))
+        found.append(cuda_tiles.sum_kernel(dtype))
     return found
 
 
@@ -296,10 +296,7 @@ def linear_scan_backward(
         *call.sizes,
     )  # fmt: skip
     if partial is not None:
-        cuda_tiles.sum_kernel(h.dtype, plan.name).launch(
-            device, -(-dh0.numel() // cuda.WARP), cuda.WARP * cuda_tiles.WARPS, 0,
-            partial.data_ptr(), da.data_ptr(), tiles, dh0.numel(),
-        )  # fmt: skip
+        cuda_tiles.add_up(device, partial, da, tiles)
     return da, db, dh0
 
 

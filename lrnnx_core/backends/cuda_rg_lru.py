@@ -83,10 +83,6 @@ def _window(dtype: torch.dtype) -> int:
     return 16 if dtype.itemsize == 2 else 8
 
 
-def _sum(plan: Plan) -> cuda.Kernel:
-    return cuda_tiles.sum_kernel(plan.state, PLANS[plan.state].name)
-
-
 def _tile(step: str, dtype: torch.dtype, pack: int, shared: int) -> tuple[int, int, int]:
     """Return a tile's warps, its dynamic shared memory, and the static one of the kernel."""
     plan = PLANS[dtype]
@@ -308,7 +304,7 @@ def rg_lru_scan_backward(
         return rg_lru_scan_backward(*copies)
     dx, d_input, d_recurrent = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in "xir")
     dh0 = torch.empty(grad_last.shape, dtype=plan.state, device=x.device)
-    grid, count = call.grid, 3 * dh0.numel()
+    grid = call.grid
     partial = torch.empty((grid.tiles, 3, *dh0.shape), dtype=plan.state, device=x.device)
     d_tau = None
     if timesteps is not None:
@@ -326,10 +322,7 @@ def rg_lru_scan_backward(
     sums = partial[0]
     if grid.tiles > 1:
         sums = torch.empty_like(sums)
-        _sum(plan).launch(
-            device, -(-count // cuda.WARP), cuda.WARP * cuda_tiles.WARPS, 0,
-            partial.data_ptr(), sums.data_ptr(), grid.tiles, count,
-        )  # fmt: skip
+        cuda_tiles.add_up(device, partial, sums, grid.tiles)
     return (
         dx,
         d_input,

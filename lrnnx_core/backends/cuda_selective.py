@@ -17,25 +17,13 @@ from lrnnx_core.backends import cuda
 from lrnnx_core.backends.blocked_selective import CHUNK
 
 TILE, SUB = 32, 8  # steps of a forward tile; steps that the backward holds in registers
-NAMES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.complex64: "complex64",
-    torch.complex128: "complex128",
-}
 # Most states of a lane, by the bytes of a state: what registers hold.
 MOST = {"forward": {4: 8, 8: 2, 16: 2}, "backward": {4: 8, 8: 2, 16: 1}}
-WARPS_WANTED = (
-    7  # of a multiprocessor, before a lane gets fewer states: two for each scheduler, nearly
-)
+WARPS_WANTED = 7  # of a multiprocessor, nearly two a scheduler; with less a lane gets fewer states
 SLICE = 256  # bytes of a channel's states that one launch computes; more are taken in turn
 LAYOUT = "P4q" * 4 + "P5q" * 2 + "P3q" * 2 + "4P" + "12q"
 LAYOUTS = {"forward": LAYOUT + "3P", "backward": LAYOUT + "P4q" + "14P", "ends": LAYOUT + "2P"}
-LONG = (
-    32768  # from this length on time is cut into segments where a row alone does not fill the chip
-)
+LONG = 32768  # from this length on, time is cut into segments where a row does not fill the chip
 SHORTEST = 4096  # steps of a segment
 SEQUENCES = ("u", "dt", "z", "decay_dt")
 
@@ -144,7 +132,7 @@ def kernel(x: Choice) -> cuda.Kernel:
 
     shared = shared_bytes(x)
     definitions = {
-        "DTYPE": NAMES[x.dtype], "STATE": NAMES[x.state], "SCHEME": x.scheme.upper(),
+        "DTYPE": cuda.NAMES[x.dtype], "STATE": cuda.NAMES[x.state], "SCHEME": x.scheme.upper(),
         "PER_LANE": x.per_lane, "LANES": x.lanes, "PACK": x.pack, "WARPS": x.warps,
         "SOFTPLUS": flag(x.softplus), "GATE": flag(x.gate),
         "RESET": flag(x.reset), "TIMED": flag(x.timed), "STATE_ONLY": flag(x.state_only),
@@ -234,8 +222,7 @@ class Problem:
         self.batch, (self.length, self.width) = u.shape[:-2], u.shape[-2:]
         self.states, self.scheme = A.shape[-1], scheme
         self.rows = math.prod(self.batch)
-        self.shared_batch = A.shape[:-2]
-        self.shared_rows = math.prod(self.shared_batch)
+        self.shared_rows = math.prod(A.shape[:-2])
         real = torch.promote_types(torch.promote_types(u.dtype, A.real.dtype), torch.float32)
         self.real, self.state = real, torch.promote_types(real, A.dtype)
         varies = [t for t in (u, dt, z, gy) if t is not None]
@@ -249,10 +236,12 @@ class Problem:
         if self.states * self.state.itemsize > SLICE:
             self.dtype = real  # outputs of several launches are added
         self.softplus, self.state_only, self.timed = softplus, state_only, timesteps is not None
-        self.u, self.dt, self.z, self.gy = (self._sequence(t) for t in (u, dt, z, gy))
-        own = decay_dt is not None
-        self.decay = 0 if not own else 2 if self.varies(decay_dt, 1) else 1
-        self.decay_dt = decay_dt if not own else self._own_step(decay_dt)
+        self.u, self.dt = _cast(u, self.dtype), _cast(dt, self.dtype)
+        self.z, self.gy = (None if t is None else _cast(t, self.dtype) for t in (z, gy))
+        self.decay, self.decay_dt = 0, decay_dt
+        if decay_dt is not None:
+            self.decay = 2 if self.varies(decay_dt, 1) else 1
+            self.decay_dt = _cast(decay_dt, self.dtype if self.decay == 2 else real)
         self.B, self.C = self._matrix(B), self._matrix(C)
         self.timesteps = None if timesteps is None else _cast(timesteps, real)
         self.reset = reset
@@ -269,12 +258,6 @@ class Problem:
     def varies(self, t: Tensor, tail: int = 2) -> bool:
         """Return whether a tensor with so many axes after that of time varies in time."""
         return t.shape[-1 - tail] == self.length
-
-    def _sequence(self, t: Tensor | None) -> Tensor | None:
-        return None if t is None else _cast(t, self.dtype)
-
-    def _own_step(self, t: Tensor) -> Tensor:
-        return _cast(t, self.dtype if self.decay == 2 else self.real)
 
     def _matrix(self, t: Tensor) -> Tensor:
         plain = self.varies(t) and not self.state.is_complex

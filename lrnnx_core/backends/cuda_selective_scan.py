@@ -21,7 +21,6 @@ from lrnnx_core.backends import (
 )
 from lrnnx_core.backends.blocked_selective import CHUNK
 from lrnnx_core.backends.cuda_selective import (
-    NAMES,
     Choice,
     Problem,
     aligned,
@@ -229,7 +228,8 @@ def _gathered(
         elif name in ("B", "C") and not p.varies(like):
             g = g.unflatten(-2, (like.shape[-2], -1)).sum(-2)
         elif name == "timesteps":
-            g = _summed_blocks(p, g)
+            blocks, g = g, torch.empty(g.shape[1:], dtype=p.real, device=g.device)
+            cuda_tiles.add_up(g.get_device(), blocks, g, len(blocks))
         if g.is_complex() and not like.is_complex():
             g = g.real
         done.append(g.to(like.dtype).reshape(like.shape))
@@ -246,25 +246,9 @@ def _per_group(p: Problem, t: Tensor, groups: int) -> Tensor:
     if tiles == 1:
         return t.movedim(0, 2).to(out)
     found = torch.empty((groups, *t.shape[1:]), dtype=out, device=t.device)
-    count = found[0].numel()
-    add = cuda_tiles.sum_kernel(out, NAMES[out])
     for group in range(groups):
-        add.launch(
-            t.get_device(), -(-count // cuda.WARP), cuda.WARP * cuda_tiles.WARPS, 0,
-            t[group * tiles].data_ptr(), found[group].data_ptr(), tiles, count,
-        )  # fmt: skip
+        cuda_tiles.add_up(t.get_device(), t[group * tiles], found[group], tiles)
     return found.movedim(0, 2)
-
-
-def _summed_blocks(p: Problem, t: Tensor) -> Tensor:
-    """Sum (blocks, rows, L, 1) over blocks, in an order that depends on their number alone."""
-    found = torch.empty(t.shape[1:], dtype=p.real, device=t.device)
-    count = found.numel()
-    cuda_tiles.sum_kernel(p.real, NAMES[p.real]).launch(
-        t.get_device(), -(-count // cuda.WARP), cuda.WARP * cuda_tiles.WARPS, 0,
-        t.data_ptr(), found.data_ptr(), t.shape[0], count,
-    )  # fmt: skip
-    return found
 
 
 def _joined(results: list[dict[str, Tensor | None]], name: str) -> Tensor:

@@ -23,14 +23,6 @@ LAYOUT = CHANNELS * 8 + STATES * 4 + "2P" + "10q"
 FIELDS: tuple[str, ...] = (
     "u", "dt", "D", "z", "dt_bias", "decay_dt", "timesteps", "reset", "A", "h0", "B", "C",
 )  # fmt: skip
-NAMES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.complex64: "complex64",
-    torch.complex128: "complex128",
-}
 ACTIVATIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Strides = tuple[int, ...]
 
@@ -100,10 +92,10 @@ def _kernel(
     matrix_width: int,
 ) -> cuda.Kernel:
     definitions = {
-        "DTYPE": NAMES[activations],
-        "STATE": NAMES[state],
-        "B_TYPE": NAMES[B],
-        "C_TYPE": NAMES[C],
+        "DTYPE": cuda.NAMES[activations],
+        "STATE": cuda.NAMES[state],
+        "B_TYPE": cuda.NAMES[B],
+        "C_TYPE": cuda.NAMES[C],
         "SCHEME": scheme.upper(),
         "SPLIT": "true" if split else "false",
         "VECTOR": vector,
@@ -188,7 +180,7 @@ def _shape(
     where = dict(zip(FIELDS, strides, strict=True))
     activations, A = named["u"], named["A"]
     if activations not in ACTIVATIONS or A is None:
-        names = ", ".join(NAMES[d] for d in ACTIVATIONS)
+        names = ", ".join(cuda.NAMES[d] for d in ACTIVATIONS)
         raise ValueError(f"selective_step: dtype {activations} on CUDA, expected one of {names}")
     real = torch.promote_types(activations, A.to_real() if A.is_complex else A)
     real = torch.promote_types(real, torch.float32)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lrnnx_core.backends import cuda
 
@@ -100,9 +101,23 @@ def grid(
 
 
 @functools.cache
-def sum_kernel(dtype: torch.dtype, name: str) -> cuda.Kernel:
-    """Return the kernel that adds up partial sums over tiles; ``name`` of the dtype in numbers.cuh.
+def sum_kernel(dtype: torch.dtype) -> cuda.Kernel:
+    """Return the kernel that adds up partial sums over tiles."""
+    definitions = {"DTYPE": cuda.NAMES[dtype], "WARPS": WARPS}
+    return cuda.Kernel("sum.cu", "sum_partials", definitions, "2P2q")
 
-    It is launched over ceil(rows / 32) blocks of 32 ``WARPS`` threads.
+
+def add_up(device: int, partial: Tensor, out: Tensor, tiles: int) -> None:
+    """Add up partial (tiles, *out.shape) into out, in an order that depends on tiles alone.
+
+    Args:
+        device: index of the current device, which both are on.
+        partial: compact, in the dtype of sums for out's.
+        out: compact.
+        tiles: their number.
     """
-    return cuda.Kernel("sum.cu", "sum_partials", {"DTYPE": name, "WARPS": WARPS}, "2P2q")
+    rows = out.numel()
+    sum_kernel(out.dtype).launch(
+        device, -(-rows // cuda.WARP), cuda.WARP * WARPS, 0,
+        partial.data_ptr(), out.data_ptr(), tiles, rows,
+    )  # fmt: skip
