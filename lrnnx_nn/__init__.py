@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     )
     from lrnnx_nn.norms import BatchNorm
     from lrnnx_nn.optimizer_groups import param_groups
+    from lrnnx_nn.stack import Mixer, Stack
 
 __all__ = [
     "LAYERS", "LRU", "RGLRU", "S4", "S4D", "S5", "S7", "STREAM", "Centaurus", "EventSSM", "Layer",
     "Mamba", "Mamba2",
     "EventPooling", "EventPoolingBlock", "EventStage",
-    "BatchNorm", "Block", "Gated", "param_groups",
+    "BatchNorm", "Block", "Gated", "Mixer", "Stack", "param_groups",
     "Classifier", "ClassifierConfig",
 ]  # fmt: skip
 
@@ -61,6 +62,7 @@ _HOMES = {
     "lrnnx_nn.gated": ("Gated",),
     "lrnnx_nn.event_stage": ("EventPoolingBlock", "EventStage"),
     "lrnnx_nn.optimizer_groups": ("param_groups",),
+    "lrnnx_nn.stack": ("Mixer", "Stack"),
     "lrnnx_nn.architectures": ("Classifier", "ClassifierConfig"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
