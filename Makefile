@@ -58,7 +58,7 @@ wheel: $(VENV)/.installed-dev ## build dist/*.whl
 	rm -rf dist
 	$(BIN)/python -m build --wheel --no-isolation
 
-cuda-check: $(VENV)/.installed-check ## compile every CUDA kernel for every architecture; needs no GPU
+cuda-check: $(VENV)/.installed-check ## compile the CUDA kernels for each architecture, no GPU needed (ARGS=--every: rare ones too)
 	$(BIN)/python scripts/check_cuda.py --jobs $(JOBS) $(ARGS)
 
 bench-cuda: $(VENV)/.installed-cuda ## time the CUDA kernels (ARGS="decode --quick": one of them, without peers)

@@ -22,14 +22,26 @@ def check() -> Iterator[Any]:
 
 def test_labels_tell_all_kernels_of_an_architecture_apart(check: Any) -> None:
     for architecture, limits in check.ARCHITECTURES.items():
-        listed = [
-            k for kernels in cuda.KERNELS.values() for k in kernels(limits)
-            if architecture == check.FLOAT16_ON or "-DDTYPE=float16" not in k.options
-        ]  # fmt: skip
+        listed = [k for kernels in cuda.KERNELS.values() for k in kernels(limits)]
         kernels = {(k.file, k.entry, k.options) for k in listed}
-        found = check.collect([architecture])
+        found = check.collect([architecture], every=True)
         assert len({check.label(k) for k in listed}) == len(kernels) == len(found)
         assert set(found) == {(check.label(k), architecture) for k in listed}
+
+
+def test_what_is_left_out_is_compiled_for_the_neighbours(check: Any) -> None:
+    found, every = (set(check.collect(check.ARCHITECTURES, e)) for e in (False, True))
+    assert found < every
+    for name, architecture in every - found:
+        if "float16" in name.split():
+            assert architecture != check.FLOAT16_ON
+        else:
+            assert architecture in check.BETWEEN
+            assert check.RARE & set(name.split())
+    for architecture in set(check.ARCHITECTURES) - set(check.BETWEEN):
+        left_out = {name for name, a in every - found if a == architecture}
+        assert all("float16" in name.split() for name in left_out)
+    assert not {name for name, a in every - found if a == check.FLOAT16_ON}
 
 
 def test_a_label_is_short_and_the_same_on_every_architecture(check: Any) -> None:
