@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType, ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -298,6 +298,7 @@ MODELS: dict[str, Model] = {
                 Variant("gbt", {"dt_init": "constant"}, {"discretization": "gbt", "alpha": 0.7}),
                 Variant("rms_norms", {"inner_norm": "rms"}, {"inner_norm": "rms"}),
                 Variant("learned_norms", {"inner_norm": "learned"}, {"inner_norm": "learned"}),
+                Variant("bidirectional", {"bidirectional": True}, {"bidirectional": True}),
             ),
         ),
         _model(
@@ -331,6 +332,7 @@ MODELS: dict[str, Model] = {
                     {"gated_norm": False, "conv_bias": False},
                     {"dt_limit": (0.01, 0.05)},
                 ),
+                Variant("bidirectional", {"bidirectional": True}, {"bidirectional": True}),
             ),
         ),
         _model(
@@ -352,6 +354,7 @@ MODELS: dict[str, Model] = {
             variants=(
                 Variant("default"),
                 Variant("zoh", {"d_conv": 3}, {"discretization": "zoh"}),
+                Variant("bidirectional", {"bidirectional": True}, {"bidirectional": True}),
             ),
         ),
         _model(
@@ -378,6 +381,7 @@ MODELS: dict[str, Model] = {
                 Variant(
                     "no_start_rule", {"bias": False, "conv_bias": False}, {"start_rule": False}
                 ),
+                Variant("bidirectional", {"bidirectional": True}, {"bidirectional": True}),
             ),
         ),
         _model(
@@ -420,6 +424,12 @@ MODELS: dict[str, Model] = {
                     without=_S7_FULL_ONLY,
                 ),
                 Variant("dirac", {}, {"discretization": "dirac"}, without=_S7_FULL_ONLY),
+                Variant(
+                    "bidirectional",
+                    {"bidirectional": True},
+                    {"bidirectional": True},
+                    without=_S7_FULL_ONLY,
+                ),
                 Variant("full", {"variant": "full"}, {"variant": "full"}, without=_S7_DELTA_ONLY),
                 Variant(
                     "full_upstream",
@@ -485,6 +495,7 @@ def options(model: Model, function: str) -> frozenset[str]:
     return frozenset() if fn is None else _options(fn)
 
 
+@lru_cache(maxsize=256)
 def _options(function: Callable[..., Any]) -> frozenset[str]:
     parameters = inspect.signature(function).parameters.values()
     return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)

@@ -79,6 +79,34 @@ class Layout(NamedTuple):
         flipped = self.reversed(length)
         return flipped._replace(mask=None) if self.mask is None else flipped
 
+    def mirrored(self, length: int) -> Layout:
+        """Return `reversed` for an input reversed by `mirror`: right padding stays on the right."""
+        flipped = self.reversed(length)
+        if self.lengths is None or self.mask is not None:
+            return flipped
+        index = _mirror_index(self.lengths, length)
+
+        def closed(t: Tensor | None) -> Tensor | None:
+            return t if t is None or not length else t.flip(-1).gather(-1, index)
+
+        return Layout(self.lengths, None, closed(flipped.reset), closed(flipped.timesteps))
+
+    def mirror(self, x: Tensor) -> Tensor:
+        """Reverse x (*batch, L, H) in time, each row within its own length; twice is nothing.
+
+        Under a mask the whole row is reversed, padding included, as `mirrored` expects.
+        """
+        if self.lengths is None or self.mask is not None:
+            return x.flip(-2)
+        return _along_time(x, _mirror_index(self.lengths, x.shape[-2]))
+
+
+def _mirror_index(lengths: Tensor, length: int) -> Tensor:
+    """Return where each sample (..., L) of rows reversed within their lengths comes from."""
+    index = torch.arange(length, device=lengths.device)
+    back = lengths.unsqueeze(-1) - 1 - index
+    return torch.where(back >= 0, back, index)
+
 
 def _neighbours(valid: Tensor, opening: Tensor) -> tuple[Tensor, Tensor]:
     """Return where the next valid sample is (L if none), and where one's own document starts."""
@@ -132,7 +160,12 @@ def layout(
             raise ValueError(f"{where}: {name} has dtype {value.dtype}, expected a floating one")
     if lengths is not None:
         lengths = lengths.expand(batch)
-    return Layout(lengths, mask, reset, integration_timesteps)
+    found = Layout(lengths, mask, reset, integration_timesteps)
+    if integration_timesteps is None or (valid := found.valid(length)) is None:
+        return found
+    # whatever stands at padding, even NaN, reaches no gradient either
+    counted = torch.where(valid, integration_timesteps, torch.ones_like(integration_timesteps))
+    return found._replace(timesteps=counted)
 
 
 def _fits(shape: torch.Size, target: tuple[int, ...]) -> bool:

@@ -190,11 +190,13 @@ def gaps(*shape: int, seed: int = 3, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def widen(x: Any) -> Any:
-    """To float64 or complex128, every tensor of a pytree but flags."""
-    return tree_map(
-        lambda t: t if t.dtype == torch.bool else t.to(torch.promote_types(t.dtype, torch.float64)),
-        x,
-    )
+    """To float64 or complex128, every tensor of a pytree but flags; a state of None stays None."""
+
+    def wide(t: Tensor | None) -> Tensor | None:
+        kept = t is None or t.dtype == torch.bool
+        return t if kept else t.to(torch.promote_types(t.dtype, torch.float64))
+
+    return tree_map(wide, x)
 
 
 def row(state: Any, i: Any) -> Any:

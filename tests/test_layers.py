@@ -483,9 +483,10 @@ def test_training_under_autocast_gives_finite_float32_gradients_near_the_exact_o
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(nn.Identity()(u))
         loss = y.float().square().mean()
+    allowed = 4e-2 * (1 + case.bidirectional) if layer.projections else 2e-2  # a sum of two runs
     for got, want in zip(torch.autograd.grad(loss, list(layer.parameters())), exact, strict=True):
         assert got.dtype == torch.float32
-        assert_agree(got, want, 4e-2 if layer.projections else 2e-2)
+        assert_agree(got, want, allowed)
 
 
 # --------------------------------------------------------------------- transforms of modules

@@ -538,6 +538,22 @@ def test_what_stands_in_padding_reaches_nothing(case: Case, layout: str) -> None
             assert not outputs[1][0][~valid].any()
 
 
+@every_timed_case
+@pytest.mark.parametrize("layout", ["lengths", "mask"])
+def test_what_gaps_stand_in_padding_reaches_nothing(case: Case, layout: str) -> None:
+    params, u, clean = case.params(), normal(BATCH, LENGTH, 3), gaps(BATCH, LENGTH)
+    mask = torch.arange(LENGTH) < LENGTHS[:, None] if layout == "lengths" else holes(BATCH, LENGTH)
+    given = {"lengths": LENGTHS} if layout == "lengths" else {"mask": mask}
+    outputs = []
+    for time in (clean, torch.where(mask, clean, torch.full_like(clean, float("nan")))):
+        p = {k: v.detach().requires_grad_() for k, v in params.items()}
+        y, last = case.model.scan(p, u, integration_timesteps=time, **given)
+        loss = y.square().sum() + sum(t.abs().square().sum() for t in continuous(last))
+        outputs.append((*torch.autograd.grad(loss, list(p.values())), y, *tree_leaves(last)))
+    for a, b in zip(*outputs, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=0)
+
+
 @every_causal_case
 def test_packed_documents_equal_the_documents_alone(case: Case) -> None:
     params, m = case.params(), case.model
@@ -744,17 +760,31 @@ def test_zoh_at_rate_r_is_zoh_on_the_signal_with_every_sample_repeated(
 # ---------------------------------------------------------------------------------- bidirectional
 
 
+def directions(params: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the parameters of a model of each direction by itself.
+
+    The reverse one has its own readout C2, and counts D once with the forward one, or it has all
+    but the projections to itself.
+    """
+    forward = {k: v for k, v in params.items() if not k.startswith(("C2", "reverse."))}
+    if any(k.startswith("C2") for k in params):
+        backward = {k.replace("C2", "C"): v for k, v in params.items() if k.startswith("C2")}
+        backward |= {k: torch.zeros_like(v) for k, v in params.items() if k == "D"}
+    else:
+        backward = {k[8:]: v for k, v in params.items() if k.startswith("reverse.")}
+        backward |= {k: torch.zeros_like(v) for k, v in params.items() if k == "linear_out.bias"}
+    return forward, forward | backward
+
+
 @every_bidirectional_case
 def test_bidirectional_is_the_sum_of_both_directions(case: Case) -> None:
     params, u, m = case.params(), normal(2, 40, 3), case.entry
     plain = {k: v for k, v in case.choices.items() if k != "bidirectional"}
     options = {k: v for k, v in plain.items() if k in registry.options(m, "scan")}
-    one_way = {k: v for k, v in params.items() if not k.startswith("C2")}
-    other = one_way | {k.replace("C2", "C"): v for k, v in params.items() if k.startswith("C2")}
-    other |= {k: torch.zeros_like(v) for k, v in params.items() if k == "D"}
+    one_way, other = directions(params)
     forward, last = m.scan(one_way, u, **options)
     backward = m.scan(other, u.flip(1), **options)[0].flip(1)
-    if m.connectivity == "siso":  # the reverse half starts at the next sample
+    if case.invariant and m.connectivity == "siso":  # the reverse half starts at the next sample
         backward = torch.cat([backward[:, 1:], torch.zeros_like(backward[:, :1])], dim=1)
     for mode in case.model.modes:
         assert_agree(case.model.scan(params, u, mode=mode), (forward + backward, last), EXACT, mode)
@@ -1076,9 +1106,11 @@ def test_bidirectional_models_take_no_state_and_need_their_parameters(case: Case
     refuses(
         "bidirectional model reads whole sequences; state must be None", m.scan, params, u, state
     )
-    one_way = {k: v for k, v in params.items() if not k.startswith("C2")}
-    refuses(r"params have no C2.*; make them with init\(bidirectional=True\)", m.scan, one_way, u)
-    refuses("params have no C2", m.kernel, one_way, 5)
+    one_way, _ = directions(params)
+    said = r"params have no (C2|reverse\.).*; make them with init\(bidirectional=True\)"
+    refuses(said, m.scan, one_way, u)
+    if m.kernel is not None:
+        refuses(said, m.kernel, one_way, 5)
 
 
 @every_model

@@ -44,7 +44,11 @@ def test_every_parameter_is_in_one_group(layer: str) -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer_names_its_state_space_parameters(layer: str) -> None:
-    variants = [v.init for v in registry.MODELS[layer].variants]
+    variants = [
+        v.init | {"bidirectional": both}
+        for v in registry.MODELS[layer].variants
+        for both in (False, True)
+    ]
     keys = {key for init in variants for key in LAYERS[layer](4, 4, **init).params}
     hinted = LAYERS[layer].ssm_parameters  # type: ignore[attr-defined]
     assert hinted

@@ -112,10 +112,7 @@ def check_lti_run(
     check_choice(where, "mode", mode, LTI_MODES)
     if bidirectional:
         check_directions(where, params, second)
-        if state is not None:
-            raise ValueError(
-                f"{where}: a bidirectional model reads whole sequences; state must be None"
-            )
+        check_whole(where, state)
     elif state is not None:
         check_state(where, state, u.shape[:-2], state_shape, u)
     if (mode == "conv" or kernel is not None) and not layout.uniform:
@@ -159,6 +156,14 @@ def read_next(y: Tensor, flipped: Layout) -> Tensor:
 def check_directions(where: str, params: Params, second: str = "C2_re") -> None:
     """Raise unless params hold the readout of the reverse direction, under the key ``second``."""
     check_keys(where, params, (second,), "make them with init(bidirectional=True)")
+
+
+def check_whole(where: str, state: object) -> None:
+    """Raise if a bidirectional model is to go on from a state."""
+    if state is not None:
+        raise ValueError(
+            f"{where}: a bidirectional model reads whole sequences; state must be None"
+        )
 
 
 def check_keys(where: str, params: Params, keys: Iterable[str], hint: str) -> None:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lrnnx_core.models._common import check_choice, full_precision
-from lrnnx_core.models._projected import check_parts
+from lrnnx_core.models._projected import check_parts, in_directions
 from lrnnx_core.ops.causal_conv1d import causal_conv1d
 from lrnnx_core.ops.guarded_sqrt import guarded_sqrt
 from lrnnx_core.ops.rg_lru_scan import rg_lru_scan
@@ -20,6 +20,7 @@ DISCRETIZATIONS = ("none",)
 MODES = ("auto", "scan", "recurrent")
 TIMESTEP_MODES = ("both", "state_only")
 GATES = ("input_gate", "recurrent_gate")
+Gelu = Literal["tanh", "erf"]
 
 
 class State(NamedTuple):
@@ -42,6 +43,8 @@ class Options(NamedTuple):
     dt_scale: Number = 1.0
     start_rule: bool = True
     recurrent: bool = False
+    bidirectional: bool = False
+    gelu: Gelu = "tanh"
 
 
 def options_of(
@@ -52,12 +55,15 @@ def options_of(
     dt_scale: Number,
     start_rule: bool,
     mode: Mode,
+    bidirectional: bool = False,
+    gelu: Gelu = "tanh",
 ) -> Options:
     """Check the choices of a call and bundle them."""
     check_choice(where, "discretization", discretization or "none", DISCRETIZATIONS)
     check_choice(where, "timestep_mode", timestep_mode, TIMESTEP_MODES)
     check_choice(where, "mode", mode, MODES)
-    return Options(timestep_mode, c, dt_scale, start_rule, mode == "recurrent")
+    check_choice(where, "gelu", gelu, get_args(Gelu))
+    return Options(timestep_mode, c, dt_scale, start_rule, mode == "recurrent", bidirectional, gelu)
 
 
 def inner(
@@ -81,8 +87,28 @@ def inner(
         options: see `Options`.
 
     Returns:
-        What linear_out takes, (..., L, W) in x's dtype, and the new state.
+        What linear_out takes, (..., L, W) in x's dtype, and the new state, of the forward direction
+        if there are two.
     """
+
+    def run(params: Params, parts: tuple[Tensor, ...], layout: Layout) -> tuple[Tensor, State]:
+        x, y = parts
+        return _one_way(where, params, x, y, state, layout, options)
+
+    return in_directions(
+        where, params, (x, y), state, layout, run, bidirectional=options.bidirectional
+    )
+
+
+def _one_way(
+    where: str,
+    params: Params,
+    x: Tensor,
+    y: Tensor,
+    state: State | None,
+    layout: Layout,
+    options: Options,
+) -> tuple[Tensor, State]:
     _check(where, params, x, y, state)
     length = x.shape[-2]
     reset = None if layout.reset is None else layout.reset.expand(x.shape[:-1])
@@ -101,7 +127,8 @@ def inner(
             timestep_mode=options.timestep_mode, reset=resets, start_rule=options.start_rule,
             mask=layout.valid(length), backend="reference" if options.recurrent else "auto",
         )  # fmt: skip
-        out = torch.nn.functional.gelu(y, approximate="tanh") * h
+        form = "tanh" if options.gelu == "tanh" else "none"
+        out = torch.nn.functional.gelu(y, approximate=form) * h
     return out.to(x.dtype), State(tail, last, _has_started(x, state, layout))
 
 

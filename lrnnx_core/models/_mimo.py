@@ -86,11 +86,13 @@ def scan(
     kernel: Tensor | None,
     chunk_size: int | None = None,
     max_bytes: int | None = None,
+    flipped: Callable[[torch.dtype, Tensor | None], Recurrence] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a model over u (..., L, H); return y (..., L, H_out) and the final state (..., P).
 
     ``recurrence(dtype, timesteps)`` discretizes. Backwards, a bidirectional model runs the same
-    recurrence over the flipped sequence and reads it with C2.
+    recurrence over the flipped sequence and reads it with C2; where it depends on the input,
+    ``flipped`` is the recurrence of the flipped input.
     """
     length = u.shape[-2]
     size = chunk_length(where, chunk_size, u)
@@ -102,7 +104,7 @@ def scan(
         if valid is not None:
             x = torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))
         r = recurrence(dtype, layout.timesteps)
-        if layout.timesteps is None and r.A_bar.ndim > 1:
+        if layout.timesteps is None and r.A_bar.ndim > 1 and flipped is None:
             convolves = mode == "conv" or kernel is not None
             check_steady(where, r.A_bar, backwards=bidirectional, convolves=convolves)
         check_planned(where, max_bytes, kernel)
@@ -128,9 +130,8 @@ def scan(
             h, last = _states(r, b, state.to(b.dtype), layout, mode)
             y = readout(params, "C", h, scale)
             if bidirectional:
-                y = y + readout(
-                    params, "C2", _backward_states(r, recurrence, x, layout, mode), scale
-                )
+                h = _backward_states(r, recurrence, flipped, x, layout, mode)
+                y = y + readout(params, "C2", h, scale)
         y = y + feedthrough(params, x)
         if valid is not None:
             y = torch.where(valid.unsqueeze(-1), y, torch.zeros_like(y))
@@ -246,16 +247,19 @@ def _states(
 def _backward_states(
     r: Recurrence,
     recurrence: Callable[[torch.dtype, Tensor | None], Recurrence],
+    flipped: Callable[[torch.dtype, Tensor | None], Recurrence] | None,
     x: Tensor,
     layout: Layout,
     mode: Mode,
 ) -> Tensor:
-    flipped = layout.backwards(x.shape[-2])
-    if flipped.timesteps is not None:
-        r = recurrence(x.dtype, flipped.timesteps)
+    backwards = layout.backwards(x.shape[-2])
+    if flipped is not None:
+        r = flipped(x.dtype, backwards.timesteps)
+    elif backwards.timesteps is not None:
+        r = recurrence(x.dtype, backwards.timesteps)
     b = r.drive(x.flip(-2))
     zero = torch.zeros_like(b[..., 0, :]) if b.shape[-2] else b.sum(-2)
-    return _states(r, b, zero, flipped, mode)[0].flip(-2)
+    return _states(r, b, zero, backwards, mode)[0].flip(-2)
 
 
 class Factors(NamedTuple):

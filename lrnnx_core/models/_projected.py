@@ -8,7 +8,7 @@ projections, so that what wraps them (LoRA, quantisation) applies, and the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -16,11 +16,15 @@ from torch import Tensor
 
 from lrnnx_core import initialize
 from lrnnx_core.backends.transforms import autocasting
-from lrnnx_core.models._common import check_device
+from lrnnx_core.models._common import check_device, check_whole
 from lrnnx_core.sequences import Compaction, Layout
 from lrnnx_core.types import Number, Params
 
 Body = Callable[[Tensor, Layout], tuple[Tensor, Any]]
+Inner = Callable[[Params, tuple[Tensor, ...], Layout], tuple[Tensor, Any]]
+
+REVERSE = "reverse."
+"""Prefix of the second set of inner parameters, which runs backwards in a bidirectional model."""
 
 
 def linear(params: Params, name: str, x: Tensor) -> Tensor:
@@ -52,6 +56,65 @@ def around_padding(u: Tensor, layout: Layout, body: Body) -> tuple[Tensor, Any]:
         return closing.open(y), state
     y, state = body(_zero_padding(u, layout), layout)
     return _zero_padding(y, layout), state
+
+
+def in_directions(
+    where: str,
+    params: Params,
+    parts: tuple[Tensor, ...],
+    state: Any,
+    layout: Layout,
+    inner: Inner,
+    *,
+    bidirectional: bool,
+) -> tuple[Tensor, Any]:
+    """Run ``inner(params, parts, layout)``, and add a run backwards if bidirectional.
+
+    Backwards the same projections' outputs are read from the end of each row, or of each document
+    in it, with the parameters under `REVERSE`. Both directions count the current sample.
+
+    Args:
+        where: who asks, for the messages of errors.
+        params: of both directions; projections may be among them.
+        parts: what the projections into the model give, each (..., L, X).
+        state: what ``inner`` starts from; None if bidirectional.
+        layout: of the parts.
+        inner: the model between its projections.
+        bidirectional: whether to run backwards too.
+
+    Returns:
+        What the projection out of the model takes, and the state of the forward direction.
+
+    Raises:
+        ValueError: bidirectional with a state, or without the second set.
+
+    Source: Zhu et al. 2024 (Vision Mamba), arXiv:2401.09417: one pair of projections around two
+    convolutions and two selective scans, whose gated outputs are summed before the second one.
+    """
+    if not bidirectional:
+        return inner(params, parts, layout)
+    second = {k.removeprefix(REVERSE): v for k, v in params.items() if k.startswith(REVERSE)}
+    if not second:
+        raise ValueError(
+            f"{where}: params have no {REVERSE}*; make them with init(bidirectional=True)"
+        )
+    check_whole(where, state)
+    forward, last = inner(params, parts, layout)
+    mirrored = tuple(layout.mirror(p) for p in parts)
+    backward, _ = inner(second, mirrored, layout.mirrored(parts[0].shape[-2]))
+    return forward + layout.mirror(backward), last
+
+
+def with_reverse(make: Callable[[], Params], shared: Collection[str]) -> Params:
+    """Return the parameters of both directions, from two calls of ``make``.
+
+    Args:
+        make: draws the parameters of a model that runs forwards.
+        shared: the projections, of which there is one set.
+    """
+    params, second = make(), make()
+    own = {k: v for k, v in second.items() if k.split(".")[0] not in shared}
+    return params | {REVERSE + k: v for k, v in own.items()}
 
 
 def _zero_padding(u: Tensor, layout: Layout) -> Tensor:

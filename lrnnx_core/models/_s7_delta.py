@@ -39,6 +39,7 @@ def init(
     *,
     blocks: int,
     conj_sym: bool,
+    bidirectional: bool,
     stable_reparam: bool,
     C_init: s5.CInit,
     dt_init_scale: Number,
@@ -48,8 +49,9 @@ def init(
 ) -> Params:
     """Return fresh parameters; see `lrnnx_core.models.s7.init`."""
     params = s5.init(
-        d_model, d_state, blocks=blocks, conj_sym=conj_sym, C_init=C_init, dt_min=dt_min,
-        dt_max=dt_max, generator=draw.generator, device=draw.device, dtype=draw.dtype,
+        d_model, d_state, blocks=blocks, conj_sym=conj_sym, bidirectional=bidirectional,
+        C_init=C_init, dt_min=dt_min, dt_max=dt_max, generator=draw.generator, device=draw.device,
+        dtype=draw.dtype,
     )  # fmt: skip
     steps = torch.exp(params.pop("log_dt"))
     bound = math.ceil(d_model / 16) ** -0.5

@@ -24,13 +24,14 @@ from lrnnx_core.models._common import (
     compute_dtype,
     full_precision,
 )
-from lrnnx_core.models._projected import linear, linear_init
+from lrnnx_core.models._projected import in_directions, linear, linear_init, with_reverse
 from lrnnx_core.ops.linear_scan import linear_scan
 from lrnnx_core.ops.trilinear import trilinear
 from lrnnx_core.sequences import Layout
 from lrnnx_core.types import Discrete, Number, Params
 
 InitMemory = Literal["log", "upstream"]
+PROJECTIONS = ("in_proj", "gate_proj")
 CHUNK_SIZE = 256
 X_PROJ_STD = 0.02
 """Standard deviation of the initial x_proj.weight."""
@@ -56,6 +57,7 @@ def init(
     init_memory: InitMemory,
     abar_min: Number,
     abar_max: Number,
+    bidirectional: bool,
     draw: initialize.Drawer,
 ) -> Params:
     """Return fresh parameters; see `lrnnx_core.models.s7.init`."""
@@ -79,12 +81,16 @@ def init(
         base = torch.sqrt(1 / forget - 0.5)
     else:
         base = torch.full_like(grid, -0.5)
-    return {
-        "in_proj.weight": linear_init(draw, d_model, d_model),
-        "x_proj.weight": X_PROJ_STD * draw.normal(rows, d_model),
-        "base": base,
-        "gate_proj.weight": linear_init(draw, d_model, d_model),
-    }
+
+    def one_way() -> Params:
+        return {
+            "in_proj.weight": linear_init(draw, d_model, d_model),
+            "x_proj.weight": X_PROJ_STD * draw.normal(rows, d_model),
+            "base": base.clone(),
+            "gate_proj.weight": linear_init(draw, d_model, d_model),
+        }
+
+    return with_reverse(one_way, PROJECTIONS) if bidirectional else one_way()
 
 
 def check(where: str, params: Params) -> None:
@@ -131,16 +137,21 @@ def scan(
     *,
     chunk_size: int = CHUNK_SIZE,
     recurrent: bool = False,
+    bidirectional: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run the model on u (..., L, H) whose padding, if any, is zero."""
     if state is not None:
         check_state(where, state, u.shape[:-2], params["base"].shape, u)
     v = linear(params, "in_proj", u)
-    y, last = inner(params, v, state, layout, chunk_size=chunk_size, recurrent=recurrent)
+    y, last = inner(
+        where, params, v, state, layout, chunk_size=chunk_size, recurrent=recurrent,
+        bidirectional=bidirectional,
+    )  # fmt: skip
     return gate(params, y).to(u.dtype), last
 
 
 def inner(
+    where: str,
     params: Params,
     v: Tensor,
     state: Tensor | None,
@@ -148,12 +159,29 @@ def inner(
     *,
     chunk_size: int = CHUNK_SIZE,
     recurrent: bool = False,
+    bidirectional: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Run what stands between in_proj and the gate on v (..., L, H).
 
     Returns:
-        y (..., L, H), zero at padding, at least float32, and the final state (..., N).
+        y (..., L, H), zero at padding, at least float32, and the final state (..., N), of the
+        forward direction if there are two.
     """
+
+    def run(params: Params, parts: tuple[Tensor, ...], layout: Layout) -> tuple[Tensor, Tensor]:
+        return _one_way(params, parts[0], state, layout, chunk_size, recurrent)
+
+    return in_directions(where, params, (v,), state, layout, run, bidirectional=bidirectional)
+
+
+def _one_way(
+    params: Params,
+    v: Tensor,
+    state: Tensor | None,
+    layout: Layout,
+    chunk_size: int,
+    recurrent: bool,
+) -> tuple[Tensor, Tensor]:
     length = v.shape[-2]
     backend = "reference" if recurrent else "auto"
     with full_precision(v.device):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.models._common import check_choice, check_keys
-from lrnnx_core.models._projected import check_parts, linear, rms_norm
+from lrnnx_core.models._projected import check_parts, in_directions, linear, rms_norm
 from lrnnx_core.ops.causal_conv1d import causal_conv1d
 from lrnnx_core.ops.selective_scan import selective_scan
 from lrnnx_core.sequences import Layout
@@ -44,6 +44,7 @@ class Options(NamedTuple):
     dt_scale: Number
     inner_norm: InnerNorm
     recurrent: bool = False
+    bidirectional: bool = False
 
 
 def inner(
@@ -52,8 +53,21 @@ def inner(
     """Run the block on in_proj's output xz (..., L, 2 E), padding on the right and zero.
 
     Returns:
-        What out_proj takes, (..., L, E), and the new state.
+        What out_proj takes, (..., L, E), and the new state, of the forward direction if there are
+        two.
     """
+
+    def run(params: Params, parts: tuple[Tensor, ...], layout: Layout) -> tuple[Tensor, State]:
+        return _one_way(where, params, parts[0], state, layout, options)
+
+    return in_directions(
+        where, params, (xz,), state, layout, run, bidirectional=options.bidirectional
+    )
+
+
+def _one_way(
+    where: str, params: Params, xz: Tensor, state: State | None, layout: Layout, options: Options
+) -> tuple[Tensor, State]:
     x, z = xz.chunk(2, dim=-1)
     A = -torch.exp(_wide(params["A_log"]))
     batch, length = x.shape[:-2], x.shape[-2]

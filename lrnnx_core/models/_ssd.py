@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrnnx_core.backends.transforms import full_precision
 from lrnnx_core.models._common import check_choice, check_sizes
-from lrnnx_core.models._projected import check_parts, rms_norm
+from lrnnx_core.models._projected import check_parts, in_directions, rms_norm
 from lrnnx_core.ops.causal_conv1d import causal_conv1d
 from lrnnx_core.ops.linear_scan import linear_scan
 from lrnnx_core.ops.ssd import ssd
@@ -43,6 +43,7 @@ class Options(NamedTuple):
     norm_before_gate: bool
     chunk_size: int
     recurrent: bool
+    bidirectional: bool = False
 
 
 def options_of(
@@ -55,6 +56,7 @@ def options_of(
     norm_before_gate: bool,
     mode: Mode,
     chunk_size: int,
+    bidirectional: bool = False,
 ) -> Options:
     """Check the choices of a call and bundle them."""
     check_choice(where, "discretization", discretization or "mamba", DISCRETIZATIONS)
@@ -65,7 +67,7 @@ def options_of(
         raise ValueError(f"{where}: dt_limit = {dt_limit}, expected 0 <= low <= high")
     return Options(
         timestep_mode, dt_scale, dt_limit, n_groups, norm_before_gate, chunk_size,
-        mode == "recurrent",
+        mode == "recurrent", bidirectional,
     )  # fmt: skip
 
 
@@ -98,8 +100,21 @@ def inner(
     """Run the block on in_proj's output (..., L, 2 E + 2 G N + nh), padding on the right and zero.
 
     Returns:
-        What out_proj takes, (..., L, E), and the new state.
+        What out_proj takes, (..., L, E), and the new state, of the forward direction if there are
+        two.
     """
+
+    def run(params: Params, given: tuple[Tensor, ...], layout: Layout) -> tuple[Tensor, State]:
+        return _one_way(where, params, given[0], state, layout, options)
+
+    return in_directions(
+        where, params, (parts,), state, seq, run, bidirectional=options.bidirectional
+    )
+
+
+def _one_way(
+    where: str, params: Params, parts: Tensor, state: State | None, seq: Layout, options: Options
+) -> tuple[Tensor, State]:
     mixed, heads = params["conv1d.weight"].shape[0], params["A_log"].shape[0]
     batch, length = parts.shape[:-2], parts.shape[-2]
     width = parts.shape[-1] - mixed - heads

@@ -29,6 +29,8 @@ from lrnnx_core.types import Discrete, Discretization, Mode, Number, Params, Sch
 
 __all__ = ["DISCRETIZATIONS", "MODES", "State", "discretize", "init", "init_state", "scan", "step"]
 
+PROJECTIONS = ("in_proj", "out_proj")
+
 
 def init(
     d_model: int,
@@ -45,6 +47,7 @@ def init(
     conv_bias: bool = True,
     bias: bool = False,
     inner_norm: InnerNorm = "none",
+    bidirectional: bool = False,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -66,6 +69,8 @@ def init(
         bias: whether in_proj and out_proj have one.
         inner_norm: RMS norms of dt, B and C after x_proj: ``none``, ``rms`` (without weights, as
             FalconMamba), ``learned`` (as Jamba).
+        bidirectional: add a second set of what stands between the projections, drawn alike, for
+            the reverse direction.
         generator: source of the random numbers; torch's own if None.
         device: where the tensors are made.
         dtype: real dtype, at least float32; torch's default if None.
@@ -74,7 +79,8 @@ def init(
         in_proj.weight (2 E, H), conv1d.weight (E, 1, K), conv1d.bias (E,), x_proj.weight (R + 2 N,
         E), dt_proj.weight (E, R), dt_proj.bias (E,), A_log (E, N), D (E,), out_proj.weight (H, E);
         with ``bias`` in_proj.bias and out_proj.bias; with learned norms dt_layernorm.weight (R,),
-        b_layernorm.weight and c_layernorm.weight (N,).
+        b_layernorm.weight and c_layernorm.weight (N,); with ``bidirectional`` all but in_proj and
+        out_proj again, under ``reverse.``.
 
     Raises:
         ValueError: a size < 1, or an unknown choice.
@@ -84,31 +90,35 @@ def init(
     rank = rank_of("mamba.init", d_model, d_state, d_conv, expand, dt_rank, dt_init, inner_norm)
     width = expand * d_model
     draw = initialize.Drawer(generator, device, dtype).resolved()
-    ones = torch.ones(width, rank, device=draw.device, dtype=draw.dtype)
-    sign = 2 * draw.uniform(width, rank) - 1 if dt_init == "random" else ones
-    bound = d_conv**-0.5
-    states = torch.arange(1, d_state + 1, dtype=torch.float64, device="cpu")
-    params: Params = {
-        "in_proj.weight": _projected.linear_init(draw, 2 * width, d_model),
-        "conv1d.weight": (2 * draw.uniform(width, 1, d_conv) - 1) * bound,
-        "conv1d.bias": (2 * draw.uniform(width) - 1) * bound,
-        "x_proj.weight": _projected.linear_init(draw, rank + 2 * d_state, width),
-        "dt_proj.weight": sign * rank**-0.5 * dt_init_scale,
-        "dt_proj.bias": _projected.dt_bias(draw, width, dt_min, dt_max, dt_floor),
-        "A_log": draw.tensor(states.log()).repeat(width, 1),
-        "D": torch.ones_like(ones[:, 0]),
-        "out_proj.weight": _projected.linear_init(draw, d_model, width),
-    }
-    if not conv_bias:
-        del params["conv1d.bias"]
-    if bias:
-        params["in_proj.bias"] = torch.zeros_like(params["in_proj.weight"][:, 0])
-        params["out_proj.bias"] = torch.zeros_like(params["out_proj.weight"][:, 0])
-    if inner_norm == "learned":
-        sizes = {"dt": rank, "b": d_state, "c": d_state}
-        for name, size in sizes.items():
-            params[f"{name}_layernorm.weight"] = draw.tensor(torch.ones(size, device="cpu"))
-    return params
+
+    def one_way() -> Params:
+        ones = torch.ones(width, rank, device=draw.device, dtype=draw.dtype)
+        sign = 2 * draw.uniform(width, rank) - 1 if dt_init == "random" else ones
+        bound = d_conv**-0.5
+        states = torch.arange(1, d_state + 1, dtype=torch.float64, device="cpu")
+        params: Params = {
+            "in_proj.weight": _projected.linear_init(draw, 2 * width, d_model),
+            "conv1d.weight": (2 * draw.uniform(width, 1, d_conv) - 1) * bound,
+            "conv1d.bias": (2 * draw.uniform(width) - 1) * bound,
+            "x_proj.weight": _projected.linear_init(draw, rank + 2 * d_state, width),
+            "dt_proj.weight": sign * rank**-0.5 * dt_init_scale,
+            "dt_proj.bias": _projected.dt_bias(draw, width, dt_min, dt_max, dt_floor),
+            "A_log": draw.tensor(states.log()).repeat(width, 1),
+            "D": torch.ones_like(ones[:, 0]),
+            "out_proj.weight": _projected.linear_init(draw, d_model, width),
+        }
+        if not conv_bias:
+            del params["conv1d.bias"]
+        if bias:
+            params["in_proj.bias"] = torch.zeros_like(params["in_proj.weight"][:, 0])
+            params["out_proj.bias"] = torch.zeros_like(params["out_proj.weight"][:, 0])
+        if inner_norm == "learned":
+            sizes = {"dt": rank, "b": d_state, "c": d_state}
+            for name, size in sizes.items():
+                params[f"{name}_layernorm.weight"] = draw.tensor(torch.ones(size, device="cpu"))
+        return params
+
+    return _projected.with_reverse(one_way, PROJECTIONS) if bidirectional else one_way()
 
 
 def init_state(
@@ -191,6 +201,7 @@ def scan(
     alpha: Number | None = None,
     dt_scale: Number = 1.0,
     inner_norm: InnerNorm = "none",
+    bidirectional: bool = False,
     mode: Mode = "auto",
 ) -> tuple[Tensor, State]:
     """Run the block over a sequence.
@@ -209,20 +220,25 @@ def scan(
         alpha: the number of ``gbt``.
         dt_scale: multiplies delta.
         inner_norm: as in `init`.
+        bidirectional: add the reverse direction, which has its own convolution and recurrence
+            between the same projections; both count the current sample.
         mode: ``scan`` (chunked; ``auto`` is the same) or ``recurrent`` (a loop, the specification).
 
     Returns:
-        y (..., L, H) in u's dtype, and the state after the last sample.
+        y (..., L, H) in u's dtype, and the state after the last sample (of the forward direction
+        where bidirectional).
 
     Raises:
         ValueError: shapes, dtypes, devices or choices that do not fit; a state of another model or
-            batch.
+            batch, or any with ``bidirectional``.
 
-    Source: Gu & Dao 2023, section 3.4 and algorithm 2.
+    Source: Gu & Dao 2023, section 3.4 and algorithm 2; for ``bidirectional`` Zhu et al. 2024
+    (Vision Mamba), arXiv:2401.09417.
     """
     options = options_of(
-        "mamba.scan", discretization, timestep_mode, alpha, dt_scale, inner_norm, mode
-    )
+        "mamba.scan", discretization, timestep_mode, alpha, dt_scale, inner_norm, mode,
+        bidirectional,
+    )  # fmt: skip
     sequence = {"lengths": lengths, "mask": mask, "reset": reset}
     return run(
         "mamba.scan", params, u, state, options, integration_timesteps=integration_timesteps,
@@ -334,6 +350,7 @@ def options_of(
     dt_scale: Number,
     inner_norm: InnerNorm,
     mode: Mode,
+    bidirectional: bool = False,
 ) -> _selective.Options:
     """Check the choices of a call and bundle them."""
     check_choice(where, "mode", mode, MODES)
@@ -341,7 +358,7 @@ def options_of(
     scheme_of(where, discretization, timestep_mode, alpha)
     return _selective.Options(
         "mamba" if discretization is None else discretization,
-        timestep_mode, alpha, dt_scale, inner_norm, mode == "recurrent",
+        timestep_mode, alpha, dt_scale, inner_norm, mode == "recurrent", bidirectional,
     )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ from lrnnx_core.types import Discrete, Mode, Number, Params, TimestepMode
 
 __all__ = ["DISCRETIZATIONS", "MODES", "State", "discretize", "init", "init_state", "scan", "step"]
 
+PROJECTIONS = ("in_proj", "out_proj")
+
 
 def init(
     d_model: int,
@@ -46,6 +48,7 @@ def init(
     conv_bias: bool = True,
     bias: bool = False,
     gated_norm: bool = True,
+    bidirectional: bool = False,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -67,6 +70,8 @@ def init(
         conv_bias: whether the convolution has a bias.
         bias: whether in_proj and out_proj have one.
         gated_norm: whether y silu(z) is normalised before out_proj.
+        bidirectional: add a second set of what stands between the projections, drawn alike, for
+            the reverse direction.
         generator: source of the random numbers; torch's own if None.
         device: where the tensors are made.
         dtype: real dtype, at least float32; torch's default if None.
@@ -74,7 +79,8 @@ def init(
     Returns:
         in_proj.weight (2 E + 2 G N + nh, H), rows z, x, B, C, dt; conv1d.weight (E + 2 G N, 1, K),
         conv1d.bias; dt_bias, A_log, D (nh,); norm.weight (E,); out_proj.weight (H, E); with
-        ``bias`` in_proj.bias and out_proj.bias.
+        ``bias`` in_proj.bias and out_proj.bias; with ``bidirectional`` all but in_proj and out_proj
+        again, under ``reverse.``.
 
     Raises:
         ValueError: a size < 1; head_dim that does not divide E, n_groups that does not divide nh.
@@ -96,25 +102,29 @@ def init(
     draw = initialize.Drawer(generator, device, dtype).resolved()
     mixed = width + 2 * n_groups * d_state
     bound = d_conv**-0.5
-    low, high = (initialize.as_tensor(v, draw.uniform(1)[0]) for v in (A_min, A_max))
-    params: Params = {
-        "in_proj.weight": _projected.linear_init(draw, width + mixed + heads, d_model),
-        "conv1d.weight": (2 * draw.uniform(mixed, 1, d_conv) - 1) * bound,
-        "conv1d.bias": (2 * draw.uniform(mixed) - 1) * bound,
-        "dt_bias": _projected.dt_bias(draw, heads, dt_min, dt_max, dt_floor),
-        "A_log": torch.log(low + draw.uniform(heads) * (high - low)),
-        "D": draw.tensor(torch.ones(heads, device="cpu")),
-        "norm.weight": draw.tensor(torch.ones(width, device="cpu")),
-        "out_proj.weight": _projected.linear_init(draw, d_model, width),
-    }
-    if not conv_bias:
-        del params["conv1d.bias"]
-    if not gated_norm:
-        del params["norm.weight"]
-    if bias:
-        params["in_proj.bias"] = torch.zeros_like(params["in_proj.weight"][:, 0])
-        params["out_proj.bias"] = torch.zeros_like(params["out_proj.weight"][:, 0])
-    return params
+
+    def one_way() -> Params:
+        low, high = (initialize.as_tensor(v, draw.uniform(1)[0]) for v in (A_min, A_max))
+        params: Params = {
+            "in_proj.weight": _projected.linear_init(draw, width + mixed + heads, d_model),
+            "conv1d.weight": (2 * draw.uniform(mixed, 1, d_conv) - 1) * bound,
+            "conv1d.bias": (2 * draw.uniform(mixed) - 1) * bound,
+            "dt_bias": _projected.dt_bias(draw, heads, dt_min, dt_max, dt_floor),
+            "A_log": torch.log(low + draw.uniform(heads) * (high - low)),
+            "D": draw.tensor(torch.ones(heads, device="cpu")),
+            "norm.weight": draw.tensor(torch.ones(width, device="cpu")),
+            "out_proj.weight": _projected.linear_init(draw, d_model, width),
+        }
+        if not conv_bias:
+            del params["conv1d.bias"]
+        if not gated_norm:
+            del params["norm.weight"]
+        if bias:
+            params["in_proj.bias"] = torch.zeros_like(params["in_proj.weight"][:, 0])
+            params["out_proj.bias"] = torch.zeros_like(params["out_proj.weight"][:, 0])
+        return params
+
+    return _projected.with_reverse(one_way, PROJECTIONS) if bidirectional else one_way()
 
 
 def init_state(
@@ -190,6 +200,7 @@ def scan(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     n_groups: int = 1,
     norm_before_gate: bool = False,
+    bidirectional: bool = False,
     chunk_size: int = 64,
     mode: Mode = "auto",
 ) -> tuple[Tensor, State]:
@@ -210,21 +221,24 @@ def scan(
         dt_limit: delta is held between these two, in every mode and in `step`.
         n_groups: as in `init`.
         norm_before_gate: RMSNorm(y) silu(z) in place of RMSNorm(y silu(z)).
+        bidirectional: add the reverse direction, which has its own convolution, recurrence and norm
+            between the same projections; both count the current sample.
         chunk_size: samples a chunk of the matrix form; changes speed, not results.
         mode: ``scan`` (chunks of matrix products; ``auto`` is the same) or ``recurrent`` (a loop).
 
     Returns:
-        y (..., L, H) in u's dtype, and the state after the last sample.
+        y (..., L, H) in u's dtype, and the state after the last sample (of the forward direction
+        where bidirectional).
 
     Raises:
         ValueError: shapes, dtypes, devices or choices that do not fit; a state of another model or
-            batch.
+            batch, or any with ``bidirectional``.
 
-    Source: Dao & Gu 2024, sections 6 and 7.
+    Source: Dao & Gu 2024, sections 6 and 7; ``bidirectional`` as for `lrnnx_core.mamba.scan`.
     """
     options = _ssd.options_of(
         "mamba2.scan", discretization, timestep_mode, dt_scale, dt_limit, n_groups,
-        norm_before_gate, mode, chunk_size,
+        norm_before_gate, mode, chunk_size, bidirectional,
     )  # fmt: skip
     sequence = {"lengths": lengths, "mask": mask, "reset": reset}
     return _run(

@@ -28,7 +28,14 @@ from lrnnx_core.models._common import (
     check_timestep,
     full_precision,
 )
-from lrnnx_core.models._griffin import DISCRETIZATIONS, MODES, TIMESTEP_MODES, State, options_of
+from lrnnx_core.models._griffin import (
+    DISCRETIZATIONS,
+    MODES,
+    TIMESTEP_MODES,
+    Gelu,
+    State,
+    options_of,
+)
 from lrnnx_core.sequences import Layout, layout
 from lrnnx_core.types import Discrete, Mode, Number, Params, TimestepMode
 
@@ -44,6 +51,7 @@ __all__ = [
     "step",
 ]
 
+PROJECTIONS = ("linear_x", "linear_y", "linear_out")
 MAX_BLOCK = 256
 """The width of a gate block in the published models, and the widest one made by default."""
 
@@ -61,6 +69,7 @@ def init(
     out_variance: Number = 1.0,
     conv_bias: bool = True,
     bias: bool = True,
+    bidirectional: bool = False,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -83,6 +92,8 @@ def init(
             published models.
         conv_bias: whether the convolution has a bias.
         bias: whether the three projections have one.
+        bidirectional: add a second set of what stands between the projections, drawn alike, for
+            the reverse direction.
         generator: source of the random numbers; torch's own if None.
         device: where the tensors are made.
         dtype: real dtype, at least float32; torch's default if None.
@@ -92,7 +103,8 @@ def init(
         rg_lru.recurrent_param (Lambda) (W,), rg_lru.input_gate_weight and
         rg_lru.recurrent_gate_weight (heads, W/heads, W/heads), rg_lru.input_gate_bias and
         rg_lru.recurrent_gate_bias (heads, W/heads), linear_out.weight (H, W); with ``bias``
-        linear_x.bias and linear_y.bias (W,), linear_out.bias (H,).
+        linear_x.bias and linear_y.bias (W,), linear_out.bias (H,); with ``bidirectional`` all but
+        linear_x, linear_y and linear_out again, under ``reverse.``.
 
     Raises:
         ValueError: a size < 1; both d_state and expand; heads that do not divide W; bounds given as
@@ -107,25 +119,29 @@ def init(
         )
     draw = initialize.Drawer(generator, device, dtype).resolved()
     block = width // heads
-    params: Params = {
-        "linear_x.weight": draw.normal(width, d_model) * d_model**-0.5,
-        "linear_y.weight": draw.normal(width, d_model) * d_model**-0.5,
-        "conv_1d.weight": draw.normal(width, 1, d_conv) * (0.01 / d_conv) ** 0.5,
-        "rg_lru.recurrent_param": _ring(draw.uniform(width), r_min, r_max, init_power),
-    }
-    for gate in ("input_gate", "recurrent_gate"):
-        weight = draw.normal(heads, block, block) * block**-0.5
-        params[f"rg_lru.{gate}_weight"] = weight
-        params[f"rg_lru.{gate}_bias"] = torch.zeros_like(weight[..., 0])
-    weight = draw.normal(d_model, width)
-    variance = initialize.as_tensor(out_variance, weight)
-    params["linear_out.weight"] = weight * (variance / width).sqrt()
-    if conv_bias:
-        params["conv_1d.bias"] = torch.zeros_like(params["rg_lru.recurrent_param"])
-    if bias:
-        for name in ("linear_x", "linear_y", "linear_out"):
-            params[f"{name}.bias"] = torch.zeros_like(params[f"{name}.weight"][:, 0])
-    return params
+
+    def one_way() -> Params:
+        params: Params = {
+            "linear_x.weight": draw.normal(width, d_model) * d_model**-0.5,
+            "linear_y.weight": draw.normal(width, d_model) * d_model**-0.5,
+            "conv_1d.weight": draw.normal(width, 1, d_conv) * (0.01 / d_conv) ** 0.5,
+            "rg_lru.recurrent_param": _ring(draw.uniform(width), r_min, r_max, init_power),
+        }
+        for gate in ("input_gate", "recurrent_gate"):
+            weight = draw.normal(heads, block, block) * block**-0.5
+            params[f"rg_lru.{gate}_weight"] = weight
+            params[f"rg_lru.{gate}_bias"] = torch.zeros_like(weight[..., 0])
+        weight = draw.normal(d_model, width)
+        variance = initialize.as_tensor(out_variance, weight)
+        params["linear_out.weight"] = weight * (variance / width).sqrt()
+        if conv_bias:
+            params["conv_1d.bias"] = torch.zeros_like(params["rg_lru.recurrent_param"])
+        if bias:
+            for name in PROJECTIONS:
+                params[f"{name}.bias"] = torch.zeros_like(params[f"{name}.weight"][:, 0])
+        return params
+
+    return _projected.with_reverse(one_way, PROJECTIONS) if bidirectional else one_way()
 
 
 def init_state(
@@ -207,6 +223,8 @@ def scan(
     c: Number = 8.0,
     dt_scale: Number = 1.0,
     start_rule: bool = True,
+    gelu: Gelu = "tanh",
+    bidirectional: bool = False,
     mode: Mode = "auto",
 ) -> tuple[Tensor, State]:
     """Run the block over a sequence.
@@ -227,19 +245,27 @@ def scan(
         start_rule: whether a = 0 and multiplier 1 at the first sample of a document: at resets, and
             at the first one that counts for a state that has met none. A call that goes on with a
             state starts nothing.
+        gelu: of the gate: its ``tanh`` form, as published, or the exact one (``erf``).
+        bidirectional: add the reverse direction, which has its own convolution and recurrence
+            between the same projections; both count the current sample, and a document starts there
+            with its last one.
         mode: ``scan`` (``auto`` is the same) or ``recurrent`` (a loop, the specification).
 
     Returns:
-        y (..., L, H) in u's dtype, and the state after the last sample.
+        y (..., L, H) in u's dtype, and the state after the last sample (of the forward direction
+        where bidirectional).
 
     Raises:
         ValueError: shapes, dtypes, devices or choices that do not fit; a state of another model or
-            batch.
+            batch, or any with ``bidirectional``.
 
     Source: De et al. 2024, sections 2.3 and 2.4; the start of a document is that of its released
-    code.
+    code; ``bidirectional`` as for `lrnnx_core.mamba.scan`.
     """
-    options = options_of("rglru.scan", discretization, timestep_mode, c, dt_scale, start_rule, mode)
+    options = options_of(
+        "rglru.scan", discretization, timestep_mode, c, dt_scale, start_rule, mode, bidirectional,
+        gelu,
+    )  # fmt: skip
     weight = params["linear_x.weight"]
     check_input("rglru.scan", u, weight.shape[1], weight, rank=2, shape="(..., L, H)")
     seq = layout(
@@ -260,6 +286,7 @@ def step(
     c: Number = 8.0,
     dt_scale: Number = 1.0,
     start_rule: bool = True,
+    gelu: Gelu = "tanh",
 ) -> tuple[Tensor, State]:
     """Take one step.
 
@@ -273,6 +300,7 @@ def step(
         c: see `discretize`.
         dt_scale: see `discretize`.
         start_rule: see `scan`.
+        gelu: see `scan`.
 
     Returns:
         y_t (..., H) in u_t's dtype, and the new state.
@@ -281,7 +309,7 @@ def step(
         ValueError: as `scan`.
     """
     options = options_of(
-        "rglru.step", discretization, timestep_mode, c, dt_scale, start_rule, "auto"
+        "rglru.step", discretization, timestep_mode, c, dt_scale, start_rule, "auto", False, gelu
     )
     weight = params["linear_x.weight"]
     check_input("rglru.step", u_t, weight.shape[1], weight, rank=1, shape="(..., H)")

@@ -48,6 +48,7 @@ def init(
     blocks: int = 1,
     conj_sym: bool = True,
     bidirectional: bool = False,
+    dense_D: bool = False,
     Lambda_init: Literal["hippo", "lin"] = "hippo",
     C_init: CInit = "trunc_standard_normal",
     dt_min: Number = 1e-3,
@@ -64,6 +65,7 @@ def init(
         blocks: J, the state matrix starts as J copies of HiPPO-LegS of size P/J.
         conj_sym: store one eigenvalue of each conjugate pair.
         bidirectional: add C2, the readout of the reverse direction.
+        dense_D: D is a matrix, outputs by inputs, and no diagonal.
         Lambda_init: ``hippo``, or ``lin`` (-1/2 + i pi n, B = 1/sqrt(H), dt on a geometric grid).
         C_init: ``trunc_standard_normal`` (deviation 1/sqrt(P)), ``lecun_normal`` (1/sqrt(P H)),
             both rotated by the eigenvectors, or ``complex_normal`` (sqrt(1/2), drawn as stored).
@@ -75,7 +77,7 @@ def init(
 
     Returns:
         Lambda_re, Lambda_im, log_dt (P_h,); B_re, B_im (P_h, H); C_re, C_im (H, P_h), with
-        ``bidirectional`` C2_re, C2_im too; D (H,).
+        ``bidirectional`` C2_re, C2_im too; D (H,), or (H, H) with ``dense_D``.
 
     Raises:
         ValueError: a size < 1; P not divisible by J; P/J odd with ``conj_sym``; an unknown choice.
@@ -90,7 +92,7 @@ def init(
     return parameters(
         draw, d_model, d_model, d_state, blocks=blocks, conj_sym=conj_sym,
         bidirectional=bidirectional, Lambda_init=Lambda_init, C_init=C_init, dt_min=dt_min,
-        dt_max=dt_max,
+        dt_max=dt_max, dense_D=dense_D,
     )  # fmt: skip
 
 
@@ -107,10 +109,11 @@ def parameters(
     C_init: CInit,
     dt_min: Number,
     dt_max: Number,
+    dense_D: bool = False,
 ) -> Params:
     """Draw the parameters of a model with d_out outputs; choices are those of `init`, checked.
 
-    D is (H,) where d_out = H, else a matrix (d_out, H), Glorot normal.
+    D is (H,) where d_out = H, or else, and with dense_D, a matrix (d_out, H), Glorot normal.
     """
     stored = d_state // 2 if conj_sym else d_state
     params: Params = {}
@@ -143,7 +146,7 @@ def parameters(
             re0, im0 = (draw.lecun(d_out, d_state, fan_in=fan_in) for _ in range(2))
             re, im = re0 @ V_re - im0 @ V_im, re0 @ V_im + im0 @ V_re
         params[key + "_re"], params[key + "_im"] = re, im
-    if d_out == d_model:
+    if d_out == d_model and not dense_D:
         params["D"] = draw.normal(d_model)
     else:
         params["D"] = draw.lecun(d_out, d_model, fan_in=1) * (2 / (d_model + d_out)) ** 0.5

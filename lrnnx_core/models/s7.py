@@ -50,6 +50,7 @@ def init(
     variant: Variant = "delta",
     blocks: int = 1,
     conj_sym: bool = True,
+    bidirectional: bool = False,
     stable_reparam: bool = True,
     C_init: s5.CInit = "trunc_standard_normal",
     dt_init_scale: Number = 1.0,
@@ -71,6 +72,8 @@ def init(
         variant: ``delta`` or ``full``.
         blocks: delta: copies J of HiPPO-LegS of size P/J.
         conj_sym: delta: store one eigenvalue of each conjugate pair.
+        bidirectional: for the reverse direction, delta: add C2, its readout, as S5 does; full: add
+            a second x_proj and base.
         stable_reparam: delta: store w with Re Lambda = -1/(w^2 + 1/2), which is negative whatever
             training does, and >= -2; else Re Lambda itself.
         C_init: delta: see `lrnnx_core.models.s5.init`.
@@ -87,9 +90,10 @@ def init(
 
     Returns:
         delta: Lambda_w (``stable_reparam``) or Lambda_re, Lambda_im (P_h,), B_re, B_im (P_h, H),
-        C_re, C_im (H, P_h), D (H,), step_proj.weight (P_h, H), step_proj.bias (P_h,).
+        C_re, C_im (H, P_h), D (H,), step_proj.weight (P_h, H), step_proj.bias (P_h,); with
+        ``bidirectional`` C2_re, C2_im.
         full: in_proj.weight (H, H), x_proj.weight (2 N + 2 H N + H, H), base (N,), gate_proj.weight
-        (H, H).
+        (H, H); with ``bidirectional`` reverse.x_proj.weight, reverse.base.
 
     Raises:
         ValueError: a size < 1; P not divisible by J; P/J odd with ``conj_sym``; an unknown choice;
@@ -110,8 +114,9 @@ def init(
         check_choice("s7.init", "C_init", C_init, s5.C_INITS)
         s5.check_blocks("s7.init", d_state, blocks, conj_sym)
         return _s7_delta.init(
-            d_model, d_state, blocks=blocks, conj_sym=conj_sym, stable_reparam=stable_reparam,
-            C_init=C_init, dt_init_scale=dt_init_scale, dt_min=dt_min, dt_max=dt_max, draw=draw,
+            d_model, d_state, blocks=blocks, conj_sym=conj_sym, bidirectional=bidirectional,
+            stable_reparam=stable_reparam, C_init=C_init, dt_init_scale=dt_init_scale,
+            dt_min=dt_min, dt_max=dt_max, draw=draw,
         )  # fmt: skip
     _unused(
         "s7.init", "delta", blocks=(blocks, 1), conj_sym=(conj_sym, True),
@@ -119,8 +124,9 @@ def init(
         dt_init_scale=(dt_init_scale, 1.0), dt_min=(dt_min, 1e-3), dt_max=(dt_max, 1e-1),
     )  # fmt: skip
     return _s7_full.init(
-        d_model, d_state, init_memory=init_memory, abar_min=abar_min, abar_max=abar_max, draw=draw
-    )
+        d_model, d_state, init_memory=init_memory, abar_min=abar_min, abar_max=abar_max,
+        bidirectional=bidirectional, draw=draw,
+    )  # fmt: skip
 
 
 def init_state(
@@ -206,6 +212,7 @@ def scan(
     alpha: Number | None = None,
     dt_scale: Number = 1.0,
     conj_sym: bool = True,
+    bidirectional: bool = False,
     clip_eigs: bool = False,
     chunk_size: int = 256,
     mode: Mode = "auto",
@@ -229,18 +236,21 @@ def scan(
         alpha: the number of ``gbt``.
         dt_scale: delta: multiplies the step.
         conj_sym: delta: as in `init`.
+        bidirectional: add the reverse direction; both count the current sample. delta: the same
+            recurrence, read with C2; full: its own matrices, summed in front of the gate.
         clip_eigs: delta: hold Re Lambda at most -1e-4.
         chunk_size: full: samples, of batch and time together, whose B_t or C_t are in memory at
             once; changes memory and speed, not results.
         mode: ``scan`` (``auto`` is the same) or ``recurrent`` (a loop, the specification).
 
     Returns:
-        y (..., L, H) in u's dtype, without a residual, and the final state, at least float32.
+        y (..., L, H) in u's dtype, without a residual, and the final state, at least float32 and
+        of the forward direction if there are two.
 
     Raises:
-        ValueError: shapes, dtypes, devices or choices that do not fit; an option of the other
-            variant, above all ``integration_timesteps`` or ``dt_scale`` with ``full``: A_bar there
-            may be negative, and has no power for a gap.
+        ValueError: shapes, dtypes, devices or choices that do not fit; a state with
+            ``bidirectional``; an option of the other variant, above all ``integration_timesteps``
+            or ``dt_scale`` with ``full``: A_bar there may be negative, and has no power for a gap.
 
     Source: Soydan et al. 2024, arXiv:2410.03464.
     """
@@ -262,15 +272,19 @@ def scan(
     x = u if valid is None else torch.where(valid.unsqueeze(-1), u, torch.zeros_like(u))
     if options is None:
         return _s7_full.scan(
-            where, params, x, state, seq, chunk_size=chunk_size, recurrent=mode == "recurrent"
-        )
+            where, params, x, state, seq, chunk_size=chunk_size, recurrent=mode == "recurrent",
+            bidirectional=bidirectional,
+        )  # fmt: skip
 
     def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
         return _s7_delta.recurrence(where, params, x, dtype, timesteps, options)
 
+    def flipped(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
+        return _s7_delta.recurrence(where, params, x.flip(-2), dtype, timesteps, options)
+
     return _mimo.scan(
         where, params, x, state, recurrence, layout=seq, mode=mode,
-        scale=2.0 if conj_sym else 1.0, bidirectional=False, kernel=None,
+        scale=2.0 if conj_sym else 1.0, bidirectional=bidirectional, kernel=None, flipped=flipped,
     )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ def init(
     conv_bias: bool = True,
     bias: bool = False,
     inner_norm: InnerNorm = "none",
+    bidirectional: bool = False,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -67,6 +68,7 @@ def init(
         conv_bias: whether the convolution has a bias.
         bias: whether in_proj and out_proj have one.
         inner_norm: see `lrnnx_core.mamba.init`.
+        bidirectional: see `lrnnx_core.mamba.init`; dtA_bias is among what is there twice.
         generator: source of the random numbers; torch's own if None.
         device: where the tensors are made.
         dtype: real dtype, at least float32; torch's default if None.
@@ -82,11 +84,13 @@ def init(
     params = mamba.init(
         d_model, d_state, d_conv=d_conv, expand=expand, dt_rank=rank, dt_init=dt_init,
         dt_init_scale=dt_init_scale, dt_min=dt_min, dt_max=dt_max, dt_floor=dt_floor,
-        conv_bias=conv_bias, bias=bias, inner_norm=inner_norm, generator=generator, device=device,
-        dtype=dtype,
+        conv_bias=conv_bias, bias=bias, inner_norm=inner_norm,
+        bidirectional=bidirectional, generator=generator, device=device, dtype=dtype,
     )  # fmt: skip
     draw = initialize.Drawer(generator, device, dtype).resolved()
-    params["dtA_bias"] = _projected.dt_bias(draw, expand * d_model, dt_min, dt_max, dt_floor)
+    for prefix in ("", _projected.REVERSE)[: 1 + bidirectional]:
+        bias_A = _projected.dt_bias(draw, expand * d_model, dt_min, dt_max, dt_floor)
+        params[prefix + "dtA_bias"] = bias_A
     return params
 
 
@@ -157,6 +161,7 @@ def scan(
     alpha: Number | None = None,
     dt_scale: Number = 1.0,
     inner_norm: InnerNorm = "none",
+    bidirectional: bool = False,
     mode: Mode = "auto",
 ) -> tuple[Tensor, State]:
     """Run the block over a sequence of events.
@@ -174,10 +179,12 @@ def scan(
         alpha: the number of ``gbt``.
         dt_scale: multiplies both steps.
         inner_norm: as in `init`.
+        bidirectional: see `lrnnx_core.mamba.scan`.
         mode: ``scan`` (``auto`` is the same) or ``recurrent`` (a loop, the specification).
 
     Returns:
-        y (..., L, H) in u's dtype, and the state after the last event.
+        y (..., L, H) in u's dtype, and the state after the last event (of the forward direction
+        where bidirectional).
 
     Raises:
         ValueError: as `lrnnx_core.mamba.scan`; params without dtA_bias.
@@ -185,8 +192,9 @@ def scan(
     Source: Schoene et al. 2024, arXiv:2411.12603.
     """
     options = _options(
-        "stream.scan", params, discretization, timestep_mode, alpha, dt_scale, inner_norm, mode
-    )
+        "stream.scan", params, discretization, timestep_mode, alpha, dt_scale, inner_norm, mode,
+        bidirectional,
+    )  # fmt: skip
     sequence = {"lengths": lengths, "mask": mask, "reset": reset}
     return mamba.run(
         "stream.scan", params, u, state, options, integration_timesteps=integration_timesteps,
@@ -240,11 +248,14 @@ def _options(
     dt_scale: Number,
     inner_norm: InnerNorm,
     mode: Mode,
+    bidirectional: bool = False,
 ) -> _selective.Options:
     """Check parameters and choices of a call and bundle the choices."""
     check_choice(where, "timestep_mode", timestep_mode, ("state_only",))
     _check_params(where, params)
-    return mamba.options_of(where, discretization, timestep_mode, alpha, dt_scale, inner_norm, mode)
+    return mamba.options_of(
+        where, discretization, timestep_mode, alpha, dt_scale, inner_norm, mode, bidirectional
+    )
 
 
 def _check_params(where: str, params: Params) -> None:

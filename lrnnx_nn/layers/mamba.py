@@ -11,7 +11,7 @@ from lrnnx_core.models import _selective
 from lrnnx_core.models.mamba import options_of
 from lrnnx_core.sequences import Layout
 from lrnnx_core.types import Discretization
-from lrnnx_nn.layers.projected import ProjectedLayer
+from lrnnx_nn.layers.projected import ProjectedLayer, in_directions
 
 
 class Mamba(ProjectedLayer):
@@ -20,13 +20,13 @@ class Mamba(ProjectedLayer):
     ``Mamba(d_model, d_state=16, discretization=None, **options)``; d_state is the number of states
     a channel. Options are those of `lrnnx_core.mamba.init` and `lrnnx_core.mamba.scan`: ``d_conv``,
     ``expand``, ``dt_rank``, ``dt_init``, ``dt_min``, ``dt_max``, ``conv_bias``, ``bias``,
-    ``inner_norm``, ``timestep_mode``, ``alpha`` and more.
+    ``inner_norm``, ``timestep_mode``, ``alpha``, ``bidirectional`` and more.
     """
 
     name = "mamba"
     projections = ("in_proj", "out_proj")
-    kept_wide = frozenset({"A_log", "D", "dt_proj.bias", "dtA_bias"})
-    ssm_parameters = frozenset({"A_log", "D", "dt_proj.bias"})
+    kept_wide = in_directions("A_log", "D", "dt_proj.bias", "dtA_bias")
+    ssm_parameters = in_directions("A_log", "D", "dt_proj.bias")
 
     def __init__(
         self,
@@ -49,6 +49,7 @@ class Mamba(ProjectedLayer):
             options["dt_scale"],
             options.get("inner_norm", "none"),
             mode,  # pyright: ignore[reportArgumentType]
+            options.get("bidirectional", False),
         )
         xz = self._project("in_proj", u)
         y, new = _selective.inner(self.name, self._inner_params(), xz, state, seq, bundled)
@@ -64,4 +65,4 @@ class STREAM(Mamba):
     """
 
     name = "stream"
-    ssm_parameters = frozenset({"A_log", "D", "dt_proj.bias", "dtA_bias"})
+    ssm_parameters = in_directions("A_log", "D", "dt_proj.bias", "dtA_bias")

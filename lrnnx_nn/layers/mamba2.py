@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrnnx_core.models import _ssd
 from lrnnx_core.sequences import Layout
-from lrnnx_nn.layers.projected import ProjectedLayer
+from lrnnx_nn.layers.projected import ProjectedLayer, in_directions
 
 
 class Mamba2(ProjectedLayer):
@@ -18,14 +18,14 @@ class Mamba2(ProjectedLayer):
 
     ``Mamba2(d_model, d_state=128, **options)``; d_state is the number of states a channel. Options
     are those of `lrnnx_core.mamba2.init` and `lrnnx_core.mamba2.scan`: ``head_dim``, ``n_groups``,
-    ``expand``, ``d_conv``, ``dt_limit``, ``norm_before_gate``, ``gated_norm``, ``chunk_size``
-    and more.
+    ``expand``, ``d_conv``, ``dt_limit``, ``norm_before_gate``, ``gated_norm``, ``chunk_size``,
+    ``bidirectional`` and more.
     """
 
     name = "mamba2"
     projections = ("in_proj", "out_proj")
-    kept_wide = frozenset({"A_log", "D", "dt_bias"})
-    ssm_parameters = frozenset({"A_log", "D", "dt_bias"})
+    kept_wide = in_directions("A_log", "D", "dt_bias")
+    ssm_parameters = in_directions("A_log", "D", "dt_bias")
 
     def _inner(
         self, u: Tensor, state: Any, seq: Layout, mode: str, options: dict[str, Any]
@@ -40,6 +40,7 @@ class Mamba2(ProjectedLayer):
             options.get("norm_before_gate", False),
             mode,  # pyright: ignore[reportArgumentType]
             options.get("chunk_size", 64),
+            options.get("bidirectional", False),
         )
         parts = self._project("in_proj", u)
         y, new = _ssd.inner(self.name, self._inner_params(), parts, state, seq, bundled)

@@ -9,10 +9,15 @@ from torch import Tensor
 
 from lrnnx_core.backends.transforms import autocasting
 from lrnnx_core.models._common import check_input
-from lrnnx_core.models._projected import around_padding
+from lrnnx_core.models._projected import REVERSE, around_padding
 from lrnnx_core.sequences import Layout, layout
 from lrnnx_core.types import Params
 from lrnnx_nn.layers.base import Layer
+
+
+def in_directions(*keys: str) -> frozenset[str]:
+    """Return parameter names of both directions of a bidirectional layer."""
+    return frozenset(keys) | {REVERSE + key for key in keys}
 
 
 class ProjectedLayer(Layer):
@@ -60,7 +65,12 @@ class ProjectedLayer(Layer):
         integration_timestep: Tensor | None = None,
         dt_scale: float | Tensor = 1.0,
     ) -> tuple[Tensor, Any]:
-        """Take one step: u_t (..., H), state from `init_state`, `prefill` or `step`."""
+        """Take one step: u_t (..., H), state from `init_state`, `prefill` or `step`.
+
+        Raises:
+            ValueError: a bidirectional layer.
+        """
+        self._check_causal("step")
         gaps = None if integration_timestep is None else integration_timestep.unsqueeze(-1)
         y, new = self._scan(
             u_t.unsqueeze(-2), state, integration_timesteps=gaps, lengths=None, mask=None,

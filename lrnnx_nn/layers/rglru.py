@@ -10,7 +10,7 @@ from torch import Tensor
 from lrnnx_core.models import _griffin
 from lrnnx_core.sequences import Layout
 from lrnnx_core.types import Discretization
-from lrnnx_nn.layers.projected import ProjectedLayer
+from lrnnx_nn.layers.projected import ProjectedLayer, in_directions
 
 
 class RGLRU(ProjectedLayer):
@@ -19,14 +19,14 @@ class RGLRU(ProjectedLayer):
     ``RGLRU(d_model, d_state=None, **options)``; d_state is the recurrent width, ``expand`` (or 1)
     times d_model if None.
     Options are those of `lrnnx_core.rglru.init` and `lrnnx_core.rglru.scan`: ``heads``, ``d_conv``,
-    ``expand``, ``c``, ``init_power``, ``r_min``, ``r_max``, ``start_rule``, ``timestep_mode`` and
-    more.
+    ``expand``, ``c``, ``init_power``, ``r_min``, ``r_max``, ``start_rule``, ``timestep_mode``,
+    ``gelu``, ``bidirectional`` and more.
     """
 
     name = "rglru"
     projections = ("linear_x", "linear_y", "linear_out")
-    kept_wide = frozenset({"rg_lru.recurrent_param"})
-    ssm_parameters = frozenset({"rg_lru.recurrent_param"})
+    kept_wide = in_directions("rg_lru.recurrent_param")
+    ssm_parameters = in_directions("rg_lru.recurrent_param")
 
     def __init__(
         self,
@@ -52,6 +52,8 @@ class RGLRU(ProjectedLayer):
             options["dt_scale"],
             options.get("start_rule", True),
             mode,  # pyright: ignore[reportArgumentType]
+            options.get("bidirectional", False),
+            options.get("gelu", "tanh"),
         )
         x, y = self._project("linear_x", u), self._project("linear_y", u)
         out, new = _griffin.inner(self.name, self._inner_params(), x, y, state, seq, bundled)

@@ -9,8 +9,8 @@ class S5(Layer):
 
     ``S5(d_model, d_state, discretization=None, **options)``; d_state is the full state size P.
     Options are those of `lrnnx_core.s5.init` and `lrnnx_core.s5.scan`: ``blocks``, ``conj_sym``,
-    ``bidirectional``, ``Lambda_init``, ``C_init``, ``dt_min``, ``dt_max``, ``clip_eigs``,
-    ``timestep_mode``, ``alpha``.
+    ``bidirectional``, ``dense_D``, ``Lambda_init``, ``C_init``, ``dt_min``, ``dt_max``,
+    ``clip_eigs``, ``timestep_mode``, ``alpha``.
     """
 
     name = "s5"

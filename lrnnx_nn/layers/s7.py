@@ -11,7 +11,7 @@ from torch import Tensor
 from lrnnx_core.models import _s7_full
 from lrnnx_core.sequences import Layout
 from lrnnx_nn.layers.base import Layer
-from lrnnx_nn.layers.projected import ProjectedLayer
+from lrnnx_nn.layers.projected import ProjectedLayer, in_directions
 
 
 class S7(ProjectedLayer):
@@ -20,19 +20,18 @@ class S7(ProjectedLayer):
     ``S7(d_model, d_state, discretization=None, variant="delta", **options)``. Options are those of
     `lrnnx_core.s7.init` and `lrnnx_core.s7.scan`: for ``variant="delta"`` those of S5,
     ``stable_reparam`` and ``dt_init_scale``; for ``variant="full"`` ``init_memory``, ``abar_min``,
-    ``abar_max`` and ``chunk_size``.
+    ``abar_max`` and ``chunk_size``; for both ``bidirectional``.
     """
 
     name = "s7"
     projections = ("in_proj", "gate_proj")
-    kept_wide = frozenset(
-        {"Lambda_w", "Lambda_re", "Lambda_im", "B_re", "B_im", "C_re", "C_im", "D"}
-        | {"step_proj.weight", "step_proj.bias", "base"}
-    )
-    ssm_parameters = frozenset(
-        {"Lambda_w", "Lambda_re", "Lambda_im", "B_re", "B_im", "step_proj.weight"}
-        | {"step_proj.bias", "base"}
-    )
+    kept_wide = in_directions("base") | {
+        "Lambda_w", "Lambda_re", "Lambda_im", "B_re", "B_im", "C_re", "C_im", "C2_re", "C2_im", "D",
+        "step_proj.weight", "step_proj.bias",
+    }  # fmt: skip
+    ssm_parameters = in_directions("base") | {
+        "Lambda_w", "Lambda_re", "Lambda_im", "B_re", "B_im", "step_proj.weight", "step_proj.bias",
+    }  # fmt: skip
 
     @property
     def _full(self) -> bool:
@@ -64,9 +63,9 @@ class S7(ProjectedLayer):
     ) -> tuple[Tensor, Any]:
         v = self._project("in_proj", u)
         y, new = _s7_full.inner(
-            self._inner_params(), v, state, seq,
+            self.name, self._inner_params(), v, state, seq,
             chunk_size=options.get("chunk_size", _s7_full.CHUNK_SIZE),
-            recurrent=mode == "recurrent",
+            recurrent=mode == "recurrent", bidirectional=options.get("bidirectional", False),
         )  # fmt: skip
         y = y.to(v.dtype)
         opening = self._project("gate_proj", torch.nn.functional.gelu(y))
