@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrnnx_core.sequences import layout
-from lrnnx_nn.layers.base import Layer
 from lrnnx_nn.norms import make_norm, normalize
+from lrnnx_nn.stack import Mixer
 
 ACTIVATIONS = ("none", "gelu", "half_glu1", "half_glu2", "full_glu", "glu")
 PROJECTING = ("full_glu", "glu")
@@ -112,12 +112,31 @@ class Activation(nn.Module):
         return self.dropout(content * torch.sigmoid(self.gate(g)))
 
 
-def reset_within(parent: nn.Module) -> None:
-    """Draw the parameters of every module inside of ``parent`` again, in place."""
-    for module in parent.modules():
-        reset = getattr(module, "reset_parameters", None)
-        if module is not parent and callable(reset):
+def reset_parts(*parts: nn.Module | None) -> None:
+    """Draw the parameters of each part again, in place, where a module says how it draws its own.
+
+    A module with ``reset_parameters`` answers for what is inside of it: a layer draws its
+    projections otherwise than ``nn.Linear`` would.
+    """
+    for part in parts:
+        reset = getattr(part, "reset_parameters", None)
+        if callable(reset):
             reset()
+        elif part is not None:
+            reset_parts(*part.children())
+
+
+class SizedMixer(Mixer, Protocol):
+    """A Module with a `Mixer`'s methods that says its width: what a `Block` goes around.
+
+    Its output has ``d_output`` channels, or d_model if it has no such attribute.
+    """
+
+    d_model: int
+
+    def __call__(self, u: Tensor, **sequence: Any) -> Tensor:
+        """Run `forward`."""
+        ...
 
 
 class Block(nn.Module):
@@ -125,8 +144,8 @@ class Block(nn.Module):
 
     Args:
         d_model: channels H.
-        mixer: a layer of ``lrnnx_nn.layers`` with that d_model; several output channels (S4D's
-            ``channels``) call for an activation that projects.
+        mixer: a layer of ``lrnnx_nn.layers``, attention or any other `Mixer` with that d_model;
+            several output channels (S4D's ``channels``) call for an activation that projects.
         norm: ``layer``, ``rms``, ``batch``, ``none``, or a callable ``d_model -> Module``. Batch
             statistics count valid samples alone.
         activation: see `Activation`.
@@ -143,7 +162,7 @@ class Block(nn.Module):
     def __init__(
         self,
         d_model: int,
-        mixer: Layer,
+        mixer: SizedMixer,
         *,
         norm: str | Callable[[int], nn.Module] = "layer",
         activation: str = "half_glu1",
@@ -157,17 +176,18 @@ class Block(nn.Module):
         self.d_model, self.prenorm = d_model, prenorm
         self.norm = make_norm(norm, d_model)
         self.mixer = mixer
+        d_output = getattr(mixer, "d_output", d_model)
         self.activation = Activation(
-            activation, mixer.d_output, d_model, dropout=dropout, tie_dropout=tie_dropout
+            activation, d_output, d_model, dropout=dropout, tie_dropout=tie_dropout
         )
 
     def reset_parameters(self) -> None:
         """Draw every parameter again, in place."""
-        reset_within(self)
+        reset_parts(*self.children())
 
-    def init_state(self, batch_shape: Sequence[int] = ()) -> Any:
-        """Return the mixer's zero state."""
-        return self.mixer.init_state(batch_shape)
+    def init_state(self, batch_shape: Sequence[int] = (), **options: Any) -> Any:
+        """Return the mixer's zero state; options go to the mixer's `init_state`."""
+        return self.mixer.init_state(batch_shape, **options)
 
     def forward(
         self,

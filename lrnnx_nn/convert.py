@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Load the weights of published checkpoints into layers, by name.
+"""Load the weights of published checkpoints, by name: whole language models, or single layers.
 
-Mixers keep the names of the published files (Hugging Face's spelling), so loading is finding the
-prefix; what is spelled otherwise elsewhere is translated here.
+Mixers keep the names of the published files (Hugging Face's spelling), so loading one is finding
+the prefix; what is spelled otherwise elsewhere is translated here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.types import Params
+from lrnnx_nn.convert_lrnnx import from_lrnnx
+from lrnnx_nn.convert_models import language_model
 from lrnnx_nn.layers.base import Layer
+
+__all__ = ["from_lrnnx", "language_model", "load_mixer", "mixer_params"]
 
 # DeepMind's names of a Griffin block -> ours.
 _DEEPMIND = {

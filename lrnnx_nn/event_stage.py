@@ -13,7 +13,7 @@ from lrnnx_core.models import event_ssm
 from lrnnx_core.models._common import check_sizes
 from lrnnx_core.models.event_ssm import Compat, Pending, Pooled, PooledState, Pooling
 from lrnnx_core.sequences import layout
-from lrnnx_nn.blocks import Activation, Block, reset_within
+from lrnnx_nn.blocks import Activation, Block, reset_parts
 from lrnnx_nn.layers.event_ssm import EventPooling, EventSSM
 from lrnnx_nn.norms import make_norm, normalize
 
@@ -71,7 +71,7 @@ class EventPoolingBlock(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw every parameter again, in place."""
-        reset_within(self)
+        reset_parts(*self.children())
 
     def init_state(self, batch_shape: Sequence[int] = ()) -> PoolingBlockState:
         """Return the state before any event."""

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 NORMS = ("layer", "rms", "batch", "none")
 
@@ -90,29 +92,66 @@ class BatchNorm(nn.Module):
         return f"{self.d_model}, eps={self.eps}, momentum={self.momentum}"
 
 
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` computed in at least float32, whatever the dtypes of input and parameters.
+
+    The result has the input's dtype: a float32 stream may pass a norm that was cast to bfloat16.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input (..., H) normalised."""
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        y = F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return y.to(input.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """``nn.RMSNorm`` computed in at least float32, as `LayerNorm`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (..., H) normalised."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight = None if self.weight is None else self.weight.to(wide.dtype)
+        return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(x.dtype)
+
+
 def normalize(norm: nn.Module, x: Tensor, valid: Tensor | None) -> Tensor:
     """Apply a norm to x (..., L, H); the statistics of a batch are those of valid samples."""
     return norm(x, valid) if isinstance(norm, BatchNorm) else norm(x)
 
 
-def make_norm(norm: str | Callable[[int], nn.Module], d_model: int) -> nn.Module:
+def make_norm(
+    norm: str | Callable[[int], nn.Module],
+    d_model: int,
+    eps: float | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Return the normalisation of that name for d_model channels, or what the callable makes.
 
     Args:
         norm: ``layer``, ``rms``, ``batch`` (`BatchNorm`), ``none``, or ``d_model -> Module``.
         d_model: channels H.
+        eps: added to the variance; if None 1e-5, and 1e-6 for ``rms``.
+        device: where the parameters are made; a callable decides by itself.
+        dtype: their dtype.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or an eps for a norm that has none or is a callable.
     """
+    if eps is not None and (callable(norm) or norm == "none"):
+        raise ValueError(f"norm_eps = {eps}, and norm {norm!r} takes none")
+    place: dict[str, Any] = {"device": device, "dtype": dtype}
     if callable(norm):
         return norm(d_model)
     if norm == "layer":
-        return nn.LayerNorm(d_model)
+        return LayerNorm(d_model, eps=1e-5 if eps is None else eps, **place)
     if norm == "rms":
-        return nn.RMSNorm(d_model, eps=1e-6)
+        return RMSNorm(d_model, eps=1e-6 if eps is None else eps, **place)
     if norm == "batch":
-        return BatchNorm(d_model)
+        return BatchNorm(d_model, eps=1e-5 if eps is None else eps, **place)
     if norm == "none":
         return nn.Identity()
     raise ValueError(f"norm {norm!r}, expected one of {NORMS} or a callable")

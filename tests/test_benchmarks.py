@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import families
+from benchmarks.choosing import __main__ as choosing
+from benchmarks.choosing.networks import Network, mixer
 from benchmarks.cuda import __main__ as runner
 from benchmarks.cuda import timing
 
@@ -126,3 +129,28 @@ def test_tiny_runs_write_nothing_and_unknown_names_are_refused(
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="needs a CUDA device and CuPy: pip install"):
             run("conv1d")
+
+
+def test_the_comparisons_on_the_guides_pages_are_those_of_their_files() -> None:
+    record = json.loads((DOCS / "benchmarks" / "choosing.json").read_text())
+    assert choosing.table(record) in (DOCS / "choosing.md").read_text()
+    runs = {(r["task"], r["name"], r["seed"]) for r in record["runs"]}
+    seeds = {seed for *_, seed in runs}
+    assert runs == {(t, n, s) for t in choosing.TASKS for n in choosing.NAMES for s in seeds}
+    page = (DOCS / "linear-rnns.md").read_text()
+    records = json.loads((DOCS / "benchmarks" / "families.json").read_text())
+    for runs_of_a_device in families.by_device(records).values():
+        assert families.table(runs_of_a_device) in page
+
+
+@pytest.mark.parametrize("name", choosing.NAMES)
+def test_every_mixer_of_the_comparison_answers_and_steps(name: str) -> None:
+    tokens = torch.randint(5, (2, 9))
+    assert Network(name, 5, 3, pooled=False)(tokens).shape == (2, 9, 3)
+    assert Network(name, 0, 3, pooled=True)(torch.randn(2, 9, 1)).shape == (2, 3)
+    layer, u = mixer(name, 8).eval(), torch.randn(1, 6, 8)
+    with torch.no_grad():
+        whole, _ = layer.prefill(u)
+        _, state = layer.prefill(u[:, :5])
+        last, _ = layer.step(u[:, 5], state)
+    torch.testing.assert_close(last, whole[:, 5], rtol=1e-4, atol=1e-5)

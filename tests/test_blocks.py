@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrnnx_nn import LRU, S4D, S5, BatchNorm, Block
-from lrnnx_nn.blocks import ACTIVATIONS, Activation, Dropout
+from lrnnx_nn import LAYERS, LRU, S4D, S5, Attention, BatchNorm, Block, Gated
+from lrnnx_nn.blocks import ACTIVATIONS, Activation, Dropout, SizedMixer
 from lrnnx_nn.layers.base import Layer
 from lrnnx_nn.norms import NORMS, make_norm
 
@@ -180,6 +180,23 @@ def test_several_channels_are_projected(activation: str) -> None:
         Block(H, mixer, activation="half_glu1")
 
 
+@pytest.mark.parametrize("name", ["attention", "gated", "block"])
+def test_any_mixer_goes_into_a_block(name: str) -> None:
+    mixers: dict[str, Callable[[], SizedMixer]] = {
+        "attention": lambda: Attention(H, n_heads=3),
+        "gated": lambda: Gated(H, "lru", 4, bottleneck=2),
+        "block": lambda: Block(H, LRU(H, 4)),  # has no d_output: it is d_model
+    }
+    layer = Block(H, mixers[name]()).double().eval()
+    u = torch.randn(2, 5, H, dtype=torch.float64)
+    whole = layer(u)
+    first, state = layer.prefill(u[:, :2])
+    second, state = layer.prefill(u[:, 2:4], state)
+    last, state = layer.step(u[:, 4], state)
+    pieces = torch.cat([first, second, last.unsqueeze(1)], 1)
+    torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=1e-12)
+
+
 def test_bidirectional_blocks_run_forward_only() -> None:
     layer = Block(H, S5(H, 8, bidirectional=True)).eval()
     u, lengths = torch.randn(2, 6, H), torch.tensor([6, 3])
@@ -234,3 +251,18 @@ def test_errors_say_what_came_and_what_was_expected() -> None:
         Block(H, LRU(H, 4), dropout=1.0)
     with pytest.raises(ValueError, match=r"u \(6,\), expected"):
         Block(H, LRU(H, 4))(torch.randn(H))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_block_draws_its_layer_again_as_the_layer_does(name: str) -> None:
+    torch.manual_seed(0)
+    block = Block(64, LAYERS[name](64, 64), norm="none", activation="none")
+    torch.manual_seed(1)
+    block.reset_parameters()
+    torch.manual_seed(1)
+    block.mixer.reset_parameters()
+    again = {k: v.clone() for k, v in block.mixer.state_dict().items()}
+    torch.manual_seed(1)
+    block.reset_parameters()
+    for key, value in block.mixer.state_dict().items():
+        assert torch.equal(value, again[key]), key

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lrnnx_nn import Classifier, ClassifierConfig
+from lrnnx_nn import Classifier, ClassifierConfig, StageConfig
 from lrnnx_nn.architectures import checkpoint
-from lrnnx_nn.architectures.classifier import POOLINGS, pool
+from lrnnx_nn.architectures.classifier import POOLINGS
 from lrnnx_nn.files import write_atomically
 
 CONFIG = ClassifierConfig(3, 4, "lru", d_model=6, d_state=4, layer_options={"r_max": 0.9})
@@ -35,7 +35,7 @@ def test_config_goes_through_json() -> None:
         ({"activation": "relu"}, "activation = 'relu', expected one of"),
         ({"pooling": "sum"}, "pooling = 'sum', expected one of"),
         ({"dropout": 1.0}, "dropout = 1.0, expected 0 <= dropout < 1"),
-        ({"layer": "lstm"}, "unknown model 'lstm'; expected one of"),
+        ({"layer": "lstm"}, "unknown mixer 'lstm'; expected one of"),
         ({"width": 3}, "unknown key 'width'"),
         ({"dropout": "much"}, "ClassifierConfig: "),
     ],
@@ -68,17 +68,47 @@ def test_padding_changes_no_logit(pooling: str, norm: str, bidirectional: bool) 
     torch.testing.assert_close(model(u, mask=mask), logits, rtol=1e-4, atol=1e-5)
 
 
-def test_pooling_by_hand() -> None:
-    x = torch.tensor([[[1.0, -9.0], [3.0, -5.0], [8.0, 8.0]]]).expand(2, 3, 2)
-    valid = torch.tensor([[True, True, False], [False, False, False]])
-    expected = {"mean": [2.0, -7.0], "last": [3.0, -5.0], "max": [3.0, -5.0]}
-    for pooling, value in expected.items():
-        assert pool(x, valid, pooling).tolist() == [value, [0.0, 0.0]]
-    left = torch.tensor([[False, True, True]])  # padding on the left
-    assert pool(x[:1], left, "last").tolist() == [[8.0, 8.0]]
-    assert pool(x[:1, :0], None, "max").tolist() == [[0.0, 0.0]]
-    with pytest.raises(ValueError, match="pooling 'sum'"):
-        pool(x, valid, "sum")
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("timed", [False, True])
+def test_padding_changes_no_logit_of_stages(pooling: str, timed: bool) -> None:
+    """The other layers and poolings: tests/test_encoder.py."""
+    stages = [
+        StageConfig(["s5", "mamba"], pooling="mean", stride=2),
+        StageConfig({"layer": "attn", "n_heads": 2}, d_model=8, pooling="max", stride=2),
+        StageConfig(),
+    ]
+    model = Classifier(dataclasses.replace(CONFIG, pooling=pooling, stages=stages)).double().eval()
+    u, gaps = torch.randn(8, 7, 3, dtype=torch.float64), torch.rand(8, 7, dtype=torch.float64)
+    lengths = torch.arange(8)
+    given = {"integration_timesteps": gaps} if timed else {}
+    logits = model(u, lengths=lengths, **given)
+    for i in range(8):
+        alone = model(u[i, :i], **{k: v[i, :i] for k, v in given.items()})
+        torch.testing.assert_close(logits[i], alone, rtol=1e-11, atol=1e-11)
+
+
+def test_the_head_reads_the_last_stage() -> None:
+    stages = [StageConfig(pooling="mean", stride=2), StageConfig()]
+    config = dataclasses.replace(CONFIG, stages=stages, pooling="time_weighted")
+    model = Classifier(config).double().eval()
+    u, gaps = torch.randn(2, 5, 3, dtype=torch.float64), torch.rand(2, 5, dtype=torch.float64)
+    x = model.encode(u, integration_timesteps=gaps).y
+    weight = torch.stack([gaps[:, :2].sum(1), gaps[:, 2:4].sum(1), gaps[:, 4]], 1)
+    value = (weight.unsqueeze(-1) * x).sum(1) / weight.sum(1, keepdim=True)
+    logits = model(u, integration_timesteps=gaps)
+    torch.testing.assert_close(logits, model.decoder(value))
+    assert not torch.allclose(logits, model.decoder(x.mean(1)))
+
+
+def test_tokens_are_classified() -> None:
+    config = ClassifierConfig(1, 4, "s5", d_model=6, d_state=4, n_tokens=9)
+    model = Classifier(config).eval()
+    ids, lengths = torch.randint(9, (3, 5)), torch.tensor([5, 2, 3])
+    logits = model(ids, lengths=lengths)
+    assert logits.shape == (3, 4)
+    torch.testing.assert_close(logits[1], model(ids[1, :2]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"Classifier\.forward: token 9 at \(0, 0\)"):
+        model(ids.index_fill(1, torch.tensor(0), 9))
 
 
 def test_statistics_standardise_the_input() -> None:
@@ -90,6 +120,10 @@ def test_statistics_standardise_the_input() -> None:
     torch.testing.assert_close(model(u * std + mean), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"mean \(2,\), expected \(3,\)"):
         model.set_statistics(mean[:2], std)
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"std = \[.*\], expected numbers above 0"):
+            model.set_statistics(0 * mean, torch.tensor([1.0, bad, 1.0]))
+    assert torch.equal(model.input_mean, mean)
     with pytest.raises(ValueError, match=r"u \(2, 5, 4\), expected \(\.\.\., L, 3\)"):
         model(torch.randn(2, 5, 4))
 
@@ -118,6 +152,47 @@ def test_save_and_load(tmp_path: Path) -> None:
         "model.json",
         "model.safetensors",
     ]
+
+
+def test_a_hierarchical_network_is_saved_whole(tmp_path: Path) -> None:
+    stages = [StageConfig(["lru", {"layer": "s5", "d_state": 8}], pooling="mean", stride=2)]
+    config = dataclasses.replace(
+        CONFIG, d_input=1, stages=[*stages, StageConfig(d_model=8)], n_tokens=7
+    )
+    model = Classifier(config).eval()
+    model.save(tmp_path)
+    loaded = Classifier.load(tmp_path)
+    ids = torch.randint(7, (2, 5))
+    assert loaded.config == config
+    assert torch.equal(loaded(ids), model(ids))
+
+
+def test_a_file_of_before_there_were_stages_loads(tmp_path: Path) -> None:
+    """Its config has neither stages nor tokens nor an architecture, and its weights say nothing."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    model = Classifier(CONFIG).eval()
+    state = model.state_dict()
+    assert sorted(k for k in state if not k.startswith("blocks.")) == [
+        "decoder.bias", "decoder.weight", "encoder.bias", "encoder.weight", "input_mean",
+        "input_std", "norm.bias", "norm.weight",
+    ]  # fmt: skip
+    assert {k.split(".", 3)[0] + "." + k.split(".")[2] for k in state if k[0] == "b"} == {
+        "blocks.norm", "blocks.mixer", "blocks.activation",
+    }  # fmt: skip
+    before = {
+        "d_input": 3, "n_classes": 4, "layer": "lru", "d_model": 6, "d_state": 4, "n_layer": 2,
+        "layer_options": {"r_max": 0.9}, "norm": "layer", "activation": "half_glu1",
+        "dropout": 0.1, "tie_dropout": True, "prenorm": True, "pooling": "mean",
+        "final_norm": True,
+    }  # fmt: skip
+    (tmp_path / checkpoint.CONFIG).write_text(json.dumps(before))
+    save_file(state, tmp_path / checkpoint.WEIGHTS)
+    loaded = Classifier.load(tmp_path)
+    u = torch.randn(2, 5, 3)
+    assert loaded.config == CONFIG
+    assert torch.equal(loaded(u), model(u))
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: MIT
+"""The pre-norm residual block of language models: a mixer in time, then an MLP in channels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrnnx_core.sequences import layout
+from lrnnx_nn.blocks import Dropout, reset_parts
+from lrnnx_nn.norms import make_norm, normalize
+
+_OUTPUTS = ("out_proj", "linear_out", "o_proj")
+"""What the layers call the ``nn.Linear`` that writes into the residual stream."""
+
+
+class ResidualBlock(nn.Module):
+    """x = u + drop(mixer(norm1(u))), then x + drop(mlp(norm2(x))) if there is an MLP.
+
+    With ``parallel`` both read one norm: u + drop(mixer(norm1(u))) + drop(mlp(norm1(u))).
+
+    Args:
+        d_model: channels H.
+        mixer: a layer, attention, or another `Mixer` of H channels in and out.
+        mlp: a Module of (..., H) to (..., H), or None.
+        norm: ``layer``, ``rms``, ``none``, ``batch``, or a callable ``d_model -> Module``.
+        norm_eps: added to the variance; the norm's own if None.
+        dropout: probability of a zero at the end of each branch.
+        residual_in_fp32: keep the sum in at least float32. Else it has the dtype of the input.
+        parallel: run mixer and MLP side by side.
+        device: where the norms' parameters are made.
+        dtype: their dtype.
+
+    The sum and the norms are computed in at least float32; mixer and MLP get the narrowest
+    floating dtype of the block's parameters, and autocast does the rest. So the output of a
+    bfloat16 block is float32 unless ``residual_in_fp32=False``.
+
+    It is a `Mixer` itself: `forward`, `prefill` and `step` agree in evaluation, and padding comes
+    out as zero. Its state is the mixer's.
+
+    Raises:
+        ValueError: a mixer of another width or number of output channels, a norm that does not
+            exist, ``parallel`` without an MLP.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        mixer: nn.Module,
+        mlp: nn.Module | None = None,
+        *,
+        norm: str | Callable[[int], nn.Module] = "rms",
+        norm_eps: float | None = None,
+        dropout: float = 0.0,
+        residual_in_fp32: bool = True,
+        parallel: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name in ("d_model", "d_output"):
+            width = getattr(mixer, name, d_model)
+            if width != d_model:
+                raise ValueError(f"ResidualBlock: d_model = {d_model}, the mixer's {name} {width}")
+        if parallel and mlp is None:
+            raise ValueError("ResidualBlock: parallel = True without an mlp")
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.d_model, self.residual_in_fp32, self.parallel = d_model, residual_in_fp32, parallel
+        self.norm1 = make_norm(norm, d_model, norm_eps, **place)
+        self.mixer = mixer
+        second = mlp is not None and not parallel
+        self.norm2 = make_norm(norm, d_model, norm_eps, **place) if second else None
+        self.mlp = mlp
+        self.dropout = Dropout(dropout)
+
+    def reset_parameters(self) -> None:
+        """Draw every parameter again, in place."""
+        reset_parts(self.norm1, self.mixer, self.norm2, self.mlp)
+
+    def output_projections(self) -> list[nn.Linear]:
+        """Return the last ``nn.Linear`` of each branch that has one: what writes into the sum."""
+        named: list[tuple[nn.Module | None, str]] = [(self.mixer, name) for name in _OUTPUTS]
+        named.append((self.mlp, getattr(self.mlp, "output_projection", "")))
+        children = (getattr(part, name, None) for part, name in named if name)
+        return [child for child in children if isinstance(child, nn.Linear)]
+
+    def init_state(self, batch_shape: Sequence[int] = (), *, capacity: int | None = None) -> Any:
+        """Return the mixer's state before any sample.
+
+        Args:
+            batch_shape: leading dimensions.
+            capacity: what attention keeps room for, in samples; the others need none.
+        """
+        mixer: Any = self.mixer
+        if capacity is not None and takes_capacity(mixer):
+            return mixer.init_state(batch_shape, capacity=capacity)
+        return mixer.init_state(batch_shape)
+
+    def forward(
+        self,
+        u: Tensor,
+        *,
+        integration_timesteps: Tensor | None = None,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        dt_scale: float | Tensor = 1.0,
+    ) -> Tensor:
+        """Run over whole sequences u (..., L, H); return (..., L, H). Arguments as a layer's."""
+        x, valid, inner = self._enter(u, lengths, mask)
+        y = self.mixer(
+            inner, integration_timesteps=integration_timesteps, lengths=lengths, mask=mask,
+            reset=reset, dt_scale=dt_scale,
+        )  # fmt: skip
+        return self._leave(x, inner, y, valid)
+
+    def prefill(
+        self,
+        u: Tensor,
+        state: Any = None,
+        *,
+        integration_timesteps: Tensor | None = None,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        dt_scale: float | Tensor = 1.0,
+    ) -> tuple[Tensor, Any]:
+        """Run over u (..., L, H) from ``state``; return the output and the state after it.
+
+        Raises:
+            ValueError: a bidirectional mixer.
+        """
+        x, valid, inner = self._enter(u, lengths, mask)
+        mixer: Any = self.mixer
+        y, state = mixer.prefill(
+            inner, state, integration_timesteps=integration_timesteps, lengths=lengths, mask=mask,
+            reset=reset, dt_scale=dt_scale,
+        )  # fmt: skip
+        return self._leave(x, inner, y, valid), state
+
+    def step(
+        self,
+        u_t: Tensor,
+        state: Any,
+        *,
+        integration_timestep: Tensor | None = None,
+        dt_scale: float | Tensor = 1.0,
+    ) -> tuple[Tensor, Any]:
+        """Take one step: u_t (..., H); return the output (..., H) and the new state.
+
+        Raises:
+            ValueError: a bidirectional mixer.
+        """
+        self._check(u_t, 1)
+        x = self._widen(u_t)
+        inner = self._before(x, None)
+        mixer: Any = self.mixer
+        y, state = mixer.step(
+            inner, state, integration_timestep=integration_timestep, dt_scale=dt_scale
+        )
+        return self._leave(x, inner, y, None), state
+
+    def extra_repr(self) -> str:
+        """Return what ``print`` shows."""
+        return f"{self.d_model}, residual_in_fp32={self.residual_in_fp32}, parallel={self.parallel}"
+
+    def _enter(
+        self, u: Tensor, lengths: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the stream, where it counts, and what the mixer reads of it."""
+        self._check(u, 2)
+        valid = layout("ResidualBlock", u, lengths=lengths, mask=mask).valid(u.shape[-2])
+        x = self._widen(u)
+        return x, valid, self._before(x, valid)
+
+    def _leave(self, x: Tensor, inner: Tensor, y: Tensor, valid: Tensor | None) -> Tensor:
+        x = x + self.dropout(y).to(x.dtype)
+        if self.mlp is not None:
+            if self.norm2 is not None:
+                inner = normalize(self.norm2, x, valid).to(inner.dtype)
+            x = x + self.dropout(self.mlp(inner)).to(x.dtype)
+        return x if valid is None else torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))
+
+    def _before(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        return normalize(self.norm1, x, valid).to(self._inner_dtype(x))
+
+    def _widen(self, u: Tensor) -> Tensor:
+        wide = torch.promote_types(u.dtype, torch.float32)
+        return u.to(wide) if self.residual_in_fp32 else u
+
+    def _inner_dtype(self, x: Tensor) -> torch.dtype:
+        """Return the narrowest floating dtype of at least 16 bits among the parameters."""
+        found = {p.dtype for p in self.parameters() if p.is_floating_point()}
+        found = {dtype for dtype in found if dtype.itemsize >= 2}
+        return min(found, key=lambda dtype: dtype.itemsize, default=x.dtype)
+
+    def _check(self, u: Tensor, rank: int) -> None:
+        if u.ndim < rank or u.shape[-1] != self.d_model:
+            shape = "(..., L, " if rank == 2 else "(..., "
+            raise ValueError(f"ResidualBlock: u {tuple(u.shape)}, expected {shape}{self.d_model})")
+
+
+def takes_capacity(mixer: Any) -> bool:
+    """Return whether ``init_state`` takes a ``capacity``, or passes it on to a mixer that does."""
+    parameters = inspect.signature(mixer.init_state).parameters
+    if "capacity" in parameters:
+        return True
+    inner = getattr(mixer, "mixer", None)
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return passes_on and inner is not None and takes_capacity(inner)
