@@ -43,6 +43,82 @@ def model_defaults(layer: str) -> dict[str, Any]:
     return {**MODEL, **LAYER_MODEL.get(layer, {})}
 
 
+LM: Mapping[str, Any] = {
+    "mixer": "rglru",
+    "d_model": 128,
+    "n_layer": 3,
+    "d_intermediate": 256,
+    "norm": "rms",
+    "mlp": "swiglu",
+    "dropout": 0.0,
+    "context": 256,
+    "windows": "random",
+    "validation_fraction": 0.01,
+    "test_fraction": 0.05,
+    "sample": 300,
+    "temperature": 0.7,
+}
+"""Of `lrnnx train --task lm`; state sizes are those of `model_defaults`."""
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """How long and how fast `lrnnx_nn.training.engine.fit` trains.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: rows (windows, stretches) of the batch of one step.
+        accumulate: compute the batch in so many parts one after another: the same step in less
+            memory. Batch norms see the parts.
+        precision: ``float32``, or ``bfloat16`` or ``float16`` for matrix products (autocast);
+            weights, state-space parameters, states and sums stay float32.
+        lr: peak learning rate, after warm-up; it falls to zero as a half cosine.
+        ssm_lr: the same for the state-space parameters.
+        weight_decay: of AdamW, on what is neither a state-space parameter nor a norm nor a bias.
+        warmup: part of all steps in which the rate rises.
+        clip: largest norm of the gradient.
+        evaluate_every: steps between evaluations, after each of which the run can go on later; the
+            last step is always followed by one.
+        patience: stop after this many evaluations without a better one; 0 never stops.
+        seed: of the initial values and of every draw.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    accumulate: int = 1
+    precision: str = "float32"
+    lr: float = 2e-3
+    ssm_lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    clip: float = 1.0
+    evaluate_every: int = 100
+    patience: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "steps": self.steps >= 1,
+            "batch_size": self.batch_size >= 1,
+            "accumulate": 1 <= self.accumulate <= self.batch_size,
+            "precision": self.precision in PRECISIONS,
+            "lr": self.lr > 0,
+            "ssm_lr": self.ssm_lr >= 0,
+            "weight_decay": self.weight_decay >= 0,
+            "warmup": 0 <= self.warmup < 1,
+            "clip": self.clip > 0,
+            "evaluate_every": self.evaluate_every >= 1,
+            "patience": self.patience >= 0,
+            "seed": 0 <= self.seed < 2**63,
+        }
+        _refuse(self, ranges)
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
     """How a classifier is trained.
@@ -63,6 +139,8 @@ class TrainingConfig:
         refit: train again on training and validation part together for the epochs that validation
             chose, and keep that network.
         seed: of the splits, the initial values, the order and the noise.
+        accumulate: compute the batch of a step in so many parts one after another.
+        precision: ``float32``, or ``bfloat16`` or ``float16`` for matrix products (autocast).
 
     Raises:
         ValueError: a number outside its range.
@@ -82,6 +160,8 @@ class TrainingConfig:
     patience: int = 20
     refit: bool = True
     seed: int = 0
+    accumulate: int = 1
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         ranges = {
@@ -98,13 +178,24 @@ class TrainingConfig:
             "validation_fraction": 0 < self.validation_fraction < 1,
             "patience": self.patience >= 0,
             "seed": 0 <= self.seed < 2**63,
+            "accumulate": 1 <= self.accumulate <= self.batch_size,
+            "precision": self.precision in PRECISIONS,
         }
-        for name, fits in ranges.items():
-            if not fits:
-                raise ValueError(f"{name} = {getattr(self, name)}, expected {_EXPECTED[name]}")
+        _refuse(self, ranges)
+
+
+def _refuse(config: Any, ranges: Mapping[str, bool]) -> None:
+    """Raise a ValueError for the first value that does not fit."""
+    for name, fits in ranges.items():
+        if not fits:
+            raise ValueError(f"{name} = {getattr(config, name)}, expected {_EXPECTED[name]}")
 
 
 _EXPECTED = {
+    "steps": "an integer >= 1",
+    "evaluate_every": "an integer >= 1",
+    "accumulate": "1 <= accumulate <= batch_size",
+    "precision": f"one of {', '.join(PRECISIONS)}",
     "epochs": "an integer >= 1",
     "batch_size": "an integer >= 1",
     "lr": "a number > 0",
@@ -119,3 +210,8 @@ _EXPECTED = {
     "patience": "an integer >= 0",
     "seed": "0 <= seed < 2^63",
 }
+
+LM_FIT = FitConfig(
+    steps=1000, batch_size=16, lr=4e-3, weight_decay=0.1, warmup=0.05, evaluate_every=100
+)
+"""How a language model is trained."""

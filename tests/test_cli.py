@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +19,9 @@ from lrnnx_core import registry
 from lrnnx_core.backends import cuda
 from lrnnx_nn import Classifier, optional, recipes
 from lrnnx_nn.cli import doctor
-from lrnnx_nn.cli.main import build_parser, main
+from lrnnx_nn.cli.main import TASKS, build_parser, main
 from lrnnx_nn.cli.options import layer_options, parse_device, parse_layer_options
+from lrnnx_nn.data import Sequences
 from lrnnx_nn.recipes import TrainingConfig
 from lrnnx_nn.training import loop, run
 
@@ -87,7 +90,8 @@ def test_every_training_option_reaches_the_run(data: str, tmp_path: Path) -> Non
     values: dict[str, Any] = {
         "epochs": 1, "batch_size": 9, "lr": 2e-3, "ssm_lr": 5e-4, "weight_decay": 0.2,
         "warmup": 0.3, "clip": 0.5, "label_smoothing": 0.2, "noise": 0.1, "crop": 0.2,
-        "validation_fraction": 0.3, "patience": 7, "seed": 5,
+        "validation_fraction": 0.3, "patience": 7, "seed": 5, "accumulate": 2,
+        "precision": "bfloat16",
     }  # fmt: skip
     model: dict[str, Any] = {
         "d_model": 6, "d_state": 4, "n_layer": 1, "norm": "rms", "activation": "gelu",
@@ -142,20 +146,23 @@ def test_the_default_folder_is_new_each_time(
 def test_ctrl_c_is_130_with_a_result(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_epoch, calls = loop._train_epoch, []
+    batch, calls = loop.ClassifierTask.batch, []
 
-    def interrupted(*args: Any) -> float:
+    def interrupted(*args: Any) -> Sequences:
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == 8:  # of three steps an epoch
             raise KeyboardInterrupt
-        return train_epoch(*args)
+        return batch(*args)
 
-    monkeypatch.setattr(loop, "_train_epoch", interrupted)
+    monkeypatch.setattr(loop.ClassifierTask, "batch", interrupted)
     folder = tmp_path / "run"
     arguments = ["train", "--dataset", data, "--out", str(folder), *SMALL, "--epochs", "9"]
     assert main(arguments) == 130
     captured = capsys.readouterr()
-    assert captured.err == "lrnnx: interrupted, the best network was kept and tested\n"
+    assert captured.err == (
+        "lrnnx: interrupted, the best network was kept and tested; go on with lrnnx train "
+        f"--resume {folder}\n"
+    )
     result = json.loads((folder / "result.json").read_text())
     assert (result["interrupted"], result["epochs"]) == (True, 2)
     assert main(["eval", str(folder), "--json"]) == 0
@@ -165,8 +172,9 @@ def test_ctrl_c_is_130_with_a_result(
 def test_a_late_divergence_keeps_the_best_and_says_so(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    losses = iter([1.0, float("nan"), 1.0])  # the third is the refit's
-    monkeypatch.setattr(loop, "_train_epoch", lambda *args: next(losses))
+    factors = iter([1.0] * 4 + [math.nan] * 2 + [1.0] * 99)  # three steps an epoch, then the refit
+    loss = loop.ClassifierTask.loss
+    monkeypatch.setattr(loop.ClassifierTask, "loss", lambda *args: next(factors) * loss(*args))
     folder = tmp_path / "run"
     assert main(["train", "--dataset", data, "--out", str(folder), *SMALL]) == 0
     assert "warning: the loss became infinite; try a smaller --lr" in capsys.readouterr().err
@@ -177,12 +185,15 @@ def test_a_late_divergence_keeps_the_best_and_says_so(
 def test_ctrl_c_before_anything_is_130(
     data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*args: Any) -> float:
+    def interrupted(*args: Any) -> Sequences:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "_train_epoch", interrupted)
+    monkeypatch.setattr(loop.ClassifierTask, "batch", interrupted)
     assert main(["train", "--dataset", data, "--out", str(tmp_path / "run"), *SMALL]) == 130
-    assert capsys.readouterr().err == "lrnnx: interrupted\n"
+    assert capsys.readouterr().err == (
+        "lrnnx: interrupted before the first evaluation; go on with lrnnx train --resume "
+        f"{tmp_path / 'run'}\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -387,10 +398,10 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert re.search(r"^[4-5] optional part\(s\) missing$", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "models"])
+@pytest.mark.parametrize("command", ["train", "train --task lm", "eval", "models"])
 def test_help_shows_every_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     options = text[re.search("^options:", text, re.MULTILINE).start() :]  # type: ignore[union-attr]
@@ -440,18 +451,106 @@ def test_no_command_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert build_parser().prog == "lrnnx"
 
 
-def test_help_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("task", TASKS)
+def test_help_lists_the_tasks_and_the_options_of_one(
+    task: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--task", task, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name, summary in TASKS.items():
+        assert re.search(rf"^  {name} +{summary}$", text, re.MULTILINE)
+    assert f"The options below are those of --task {task}" in text
+    own = {
+        "classify": "--epochs",
+        "lm": "--vocabulary",
+        "forecast": "--horizon",
+        "denoise": "--wav",
+    }
+    assert {name for name, option in own.items() if f"\n  {option} " in text} == {task}
+    for option in ("--resume", "--precision", "--accumulate", "--clip", "--warmup"):
+        assert f"\n  {option} " in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "a.txt"], "--text is an option of --task lm, not of --task classify"),
+        (["--text=a.txt"], "--text is an option of --task lm, not of --task classify"),
+        (["--task", "lm", "--text", "a", "--epochs", "3"],
+         "--epochs is an option of --task classify, not of --task lm"),
+        (["--task", "lm", "--text", "a", "--layer", "s5"],
+         "--layer is an option of --task classify, forecast, denoise, not of --task lm"),
+        (["--horizon", "3"], "--horizon is an option of --task forecast, not of --task classify"),
+        (["--task", "lm", "--text", "a", "--width", "3"], "unrecognized arguments: --width 3"),
+        (["--task", "juggle"], "argument --task: invalid choice: 'juggle'"),
+        (["--task", "lm"], "the following arguments are required: --text"),
+        (["--epo", "3"], "unrecognized arguments: --epo 3"),  # no abbreviations
+        (["--resume", "none"], "none: not a run folder, it has no config.json"),
+        (["--resume", "none", "--lr", "1"], "--lr with --resume: a run goes on as it began"),
+        (["--resume", "none", "--no-refit"], "--refit with --resume"),
+        (["--resume", "none", "--out", "x"], "--out with --resume"),
+        (["--resume", "none", "--threads", "-1"], "--threads -1, expected >= 0"),
+    ],
+)  # fmt: skip
+def test_options_of_another_task_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails(capsys, ["train", *arguments], message)
+
+
+def test_resume_goes_on_by_itself(
+    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command = ["train", "--dataset", data, "--layer", "lru", *SMALL]
+    assert main([*command, "--out", str(whole)]) == 0
+    batch, calls = loop.ClassifierTask.batch, []
+
+    def interrupted(*args: Any) -> Sequences:
+        calls.append(args)
+        if len(calls) == 5:  # of three steps an epoch
+            signal.raise_signal(signal.SIGINT)
+        return batch(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.ClassifierTask, "batch", interrupted)
+        assert main([*command, "--out", str(cut)]) == 130
+    assert f"go on with lrnnx train --resume {cut}" in capsys.readouterr().err
+    assert main(["train", "--resume", str(cut)]) == 0
+    found, expected = (json.loads((f / "result.json").read_text()) for f in (cut, whole))
+    assert found | {"seconds": 0} == expected | {"seconds": 0}
+    fails(capsys, ["train", "--resume", str(cut)], "this run is finished, there is nothing to")
+
+
+def test_a_run_of_before_there_were_tasks(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert main(["train", "--dataset", data, "--out", str(folder), *SMALL]) == 0
+    config = config_of(folder)
+    del config["task"], config["dataset"]["digest"]
+    (folder / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["eval", str(folder), "--json"]) == 0
+    result = json.loads((folder / "result.json").read_text())
+    assert json.loads(capsys.readouterr().out)["test_accuracy"] == result["test_accuracy"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_help_imports_nothing_heavy(task: str) -> None:
     code = (
         "import sys\n"
         "from lrnnx_nn.cli.main import main\n"
-        "try:\n    main(['train', '--help'])\n"
+        f"try:\n    main(['train', '--task', '{task}', '--help'])\n"
         "except SystemExit as stop:\n    assert stop.code == 0\n"
         "heavy = {'torch', 'numpy', 'aeon', 'rich', 'matplotlib', 'safetensors'}\n"
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "--layer-option" in done.stdout
+    assert "-option" in done.stdout
 
 
 def test_as_a_program(tmp_path: Path) -> None:

@@ -442,3 +442,21 @@ def test_steps_that_are_no_range_are_refused(low: float, high: float) -> None:
     for name in ("s4", "s4d", "s5", "event_ssm", "centaurus", "mamba"):
         with pytest.raises(ValueError, match=r"expected 0 < dt_min <= dt_max"):
             MODELS[name].init(4, 8, dt_min=low, dt_max=high)
+
+
+def test_s5_has_a_matrix_D_by_choice() -> None:
+    params = s5.init(4, 8, dense_D=True, dtype=torch.float64)
+    assert params["D"].shape == (4, 4)
+    assert s5.init(4, 8)["D"].shape == (4,)
+    D = torch.stack([s5.init(8, 8, dense_D=True)["D"] for _ in range(200)])
+    assert abs(float(D.std()) / (2 / 16) ** 0.5 - 1) < 0.05  # Glorot
+    u = torch.randn(2, 9, 4, dtype=torch.float64)
+    without = s5.scan(params | {"D": torch.zeros(4, dtype=torch.float64)}, u)[0]
+    want = without + u @ params["D"].mT
+    same = torch.testing.assert_close
+    for mode in ("conv", "scan", "recurrent"):
+        same(s5.scan(params, u, mode=mode)[0], want)
+    same(s5.step(params, u[:, 0], s5.init_state(params, (2,)))[0], want[:, 0])
+    omega = torch.tensor([0.3], dtype=torch.float64)
+    bare = s5.frequency_response(params | {"D": torch.zeros_like(params["D"])}, omega)
+    same(s5.frequency_response(params, omega) - bare, (params["D"] + 0j).unsqueeze(0))

@@ -689,3 +689,22 @@ def test_gradients_agree_with_recurrent_gemma(recurrent_gemma: Any) -> None:
     for key, value in block.named_parameters():
         scale = max(1.0, float(value.grad.abs().max()))
         same(params[key].grad / scale, value.grad / scale, rtol=0, atol=1e-5)
+
+
+def test_the_gate_may_take_the_exact_gelu() -> None:
+    params, u = parameters(), torch.randn(B, L, H, dtype=F64)
+    opened = {k: v for k, v in params.items() if not k.startswith("linear_out")}
+    identity = opened | {"linear_out.weight": torch.eye(W, dtype=F64)}
+    z = torch.nn.functional.linear(u, params["linear_y.weight"], params["linear_y.bias"])
+    gelu = torch.nn.functional.gelu
+    exact, state = rglru.scan(identity, u, gelu="erf")
+    published, _ = rglru.scan(identity, u)
+    torch.testing.assert_close(exact * gelu(z, approximate="tanh"), published * gelu(z), **EXACT)
+    assert not torch.allclose(exact, published, rtol=1e-5)
+    y, _ = rglru.scan(identity, u[:, :-1], gelu="erf")
+    _, before = rglru.scan(identity, u[:, :-1])
+    y_t, after = rglru.step(identity, u[:, -1], before, gelu="erf")
+    torch.testing.assert_close(torch.cat([y, y_t.unsqueeze(1)], dim=1), exact, **EXACT)
+    torch.testing.assert_close(after.h, state.h, **EXACT)
+    with pytest.raises(ValueError, match=r"rglru.scan: gelu = 'fast', expected one of \('tanh', "):
+        rglru.scan(params, u, gelu="fast")  # type: ignore[arg-type]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from lrnnx_nn import Classifier, ClassifierConfig, viz
 from lrnnx_nn.data import Dataset, Sequences, statistics, stratified_split
 from lrnnx_nn.recipes import TrainingConfig
 from lrnnx_nn.training import Epoch, evaluate, evaluate_run, fit, loop, run, train_run
+from lrnnx_nn.training.checkpoint import digest
 from lrnnx_nn.training.loop import augment
 
 pytest.importorskip("matplotlib")
@@ -131,7 +134,7 @@ def test_seeds_repeat_and_differ(dataset: Dataset) -> None:
     losses = []
     for seed in (0, 0, 1):
         config = dataclasses.replace(QUICK, seed=seed, noise=0.1, crop=0.3)
-        model = run._fresh(MODEL, config, dataset.train, "cpu")
+        model = run.make_model(MODEL, config, dataset.train, "cpu")
         losses.append([epoch.loss for epoch in fit(model, dataset.train, config, epochs=2).epochs])
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
@@ -183,6 +186,83 @@ def test_ctrl_c_keeps_and_tests_the_best(dataset: Dataset, tmp_path: Path, phase
     assert validation.accuracy == result["validation_accuracy"]
 
 
+def interrupt_batch(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let Ctrl-C come while a batch is drawn."""
+    batch, calls = loop.ClassifierTask.batch, []
+
+    def counted(self: loop.ClassifierTask, generator: torch.Generator) -> Sequences:
+        calls.append(1)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGINT)
+        return batch(self, generator)
+
+    monkeypatch.setattr(loop.ClassifierTask, "batch", counted)
+
+
+def kept(folder: Path) -> tuple[Any, ...]:
+    """Return what must not depend on interruptions."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    weights = digest(dict(Classifier.load(folder).state_dict()))
+    names = sorted(path.name for path in folder.iterdir())
+    return [line | {"seconds": 0} for line in lines], result | {"seconds": 0}, weights, names
+
+
+RANDOM = dataclasses.replace(QUICK, epochs=3, noise=0.1, crop=0.3, label_smoothing=0.1)
+
+
+# three steps an epoch in the search, four in the refit
+@pytest.mark.parametrize("step", [1, 4, 6, 9, 10, 13])
+def test_resume_is_the_uninterrupted_run(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    monkeypatch.setattr(run, "load_dataset", lambda source, seed: dataset)
+    monkeypatch.setattr(sys.modules[__name__], "MODEL", dataclasses.replace(MODEL, dropout=0.2))
+    go(dataset, tmp_path / "whole", RANDOM)
+    cut = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        interrupt_batch(patch, step)
+        if step < 3:
+            with pytest.raises(KeyboardInterrupt):
+                go(dataset, cut, RANDOM)
+        else:
+            assert go(dataset, cut, RANDOM).interrupted
+    assert (cut / "checkpoint.pt").is_file()
+    outcome = run.resume_run(cut)
+    assert not outcome.interrupted
+    assert kept(cut) == kept(tmp_path / "whole")
+    with pytest.raises(ValueError, match="this run is finished, there is nothing to resume"):
+        run.resume_run(cut)
+
+
+def test_resume_refuses_other_data(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_batch(monkeypatch, 4)
+    go(dataset, tmp_path / "run")
+    other = dataset._replace(test=sequences(20, seed=2))
+    monkeypatch.setattr(run, "load_dataset", lambda source, seed: other)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(ValueError, match="tiny: the data have changed since the run began"):
+        run.resume_run(tmp_path / "run")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 3}, {"precision": "bfloat16"}])
+def test_accumulation_and_precision_change_little(
+    dataset: Dataset, options: dict[str, Any]
+) -> None:
+    losses = []
+    for config in (QUICK, dataclasses.replace(QUICK, **options)):
+        model = run.make_model(MODEL, config, dataset.train, "cpu")
+        fitted = fit(model, dataset.train, config, epochs=2, validation=dataset.test)
+        losses.append([(epoch.loss, epoch.validation_loss) for epoch in fitted.epochs])
+    tolerance = 1e-5 if "accumulate" in options else 0.05
+    for a, b in zip(*losses, strict=True):
+        assert a == pytest.approx(b, rel=tolerance)
+    assert (losses[0] == losses[1]) is False  # the option was not ignored
+
+
 def test_the_best_is_on_disk_while_training_goes_on(dataset: Dataset, tmp_path: Path) -> None:
     """A killed run loses nothing: the checkpoint does not wait for the end."""
     found: list[Classifier] = []
@@ -197,10 +277,10 @@ def test_the_best_is_on_disk_while_training_goes_on(dataset: Dataset, tmp_path: 
 def test_ctrl_c_before_the_first_epoch(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*args: object) -> float:
+    def interrupted(*args: object) -> Sequences:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "_train_epoch", interrupted)
+    monkeypatch.setattr(loop.ClassifierTask, "batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         go(dataset, tmp_path / "run")
 
@@ -245,31 +325,16 @@ def test_augmentation() -> None:
         assert any(stretches)
 
 
-def test_rates_warm_up_and_fall(dataset: Dataset) -> None:
-    config = dataclasses.replace(QUICK, lr=1e-2, ssm_lr=1e-3, warmup=0.25)
-    schedule = loop._Schedule(Classifier(MODEL), config, steps=8)
-    rates = []
-    for _ in range(8):
-        rates.append(schedule.rate)
-        ssm, other = (schedule.optimizer.param_groups[i]["lr"] for i in (0, 1))
-        assert ssm == pytest.approx(0.1 * other)
-        schedule.taken += 1
-        schedule._set()
-    assert rates[0] < rates[1] < rates[2] == max(rates) == pytest.approx(1e-2)
-    assert rates[2:] == sorted(rates[2:], reverse=True)
-    assert 0 < rates[-1] < 0.1 * max(rates)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("epochs", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("ssm_lr", -1.0),
         ("weight_decay", -0.1), ("warmup", 1.0), ("clip", 0.0), ("label_smoothing", 1.0),
         ("noise", -1.0), ("crop", 1.0), ("validation_fraction", 0.0), ("patience", -1),
-        ("seed", -1),
+        ("seed", -1), ("accumulate", 0), ("accumulate", 33), ("precision", "float8"),
     ],
 )  # fmt: skip
-def test_training_config_refuses(field: str, value: float) -> None:
+def test_training_config_refuses(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{field} = .*, expected"):
         TrainingConfig(**{field: value})
 

@@ -53,7 +53,7 @@ def _numba() -> list[Finding]:
 
 
 def _demo() -> list[Finding]:
-    packages = ("aeon", "matplotlib", "rich", "safetensors")
+    packages = ("aeon", "matplotlib", "rich", "safetensors", "scipy", "statsmodels")
     return [_package(name, "demo", "lrnnx train") for name in packages]
 
 

@@ -4,35 +4,30 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
+import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from lrnnx_nn import recipes
+from lrnnx_nn.cli import generate
+from lrnnx_nn.cli.arguments import integer
 from lrnnx_nn.optional import MissingDependencyError
-from lrnnx_nn.recipes import TrainingConfig
 
 USER_ERROR, INTERRUPTED = 2, 130
 
 
-def integer(text: str) -> int:
-    """Read an integer; argparse names this function in its message."""
-    return int(text)
-
-
-def number(text: str) -> float:
-    """Read a number; argparse names this function in its message."""
-    return float(text)
-
-
-_KINDS: dict[type, tuple[Any, str]] = {
-    int: (integer, "N"),
-    float: (number, "X"),
-    str: (str, "NAME"),
+TASKS = {
+    "classify": "a class for each sequence",
+    "lm": "a language model of text files",
+    "forecast": "the continuation of a series",
+    "denoise": "clean speech from noisy speech",
 }
+"""Of `lrnnx train`; the options of each stand in lrnnx_nn.cli.train_TASK."""
+
+_WITH_RESUME = frozenset({"task", "resume", "device", "threads"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,18 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A user's error is one line on stderr and code 2; Ctrl-C is code 130.
     """
-    arguments = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    traceback = "--traceback" in words
     try:
+        arguments = _parse(words)
         return importlib.import_module(f"lrnnx_nn.cli.{arguments.module}").run(arguments)
     except BrokenPipeError:
         # The reader has gone (`lrnnx models | head`): no error of ours, and nothing more to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
-        print("lrnnx: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"lrnnx: interrupted {interrupt}".rstrip(), file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, MissingDependencyError) as error:
-        if arguments.traceback:
+        if traceback:
             raise
         print(f"lrnnx: error: {_one_line(error)}", file=sys.stderr)
         return USER_ERROR
@@ -61,15 +58,90 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _parse(words: list[str]) -> argparse.Namespace:
+    task, resumes = _task_of(words)
+    parser = build_parser(task, resumes=resumes)
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        message = f"unrecognized arguments: {' '.join(unknown)}"
+        if arguments.module.startswith("train_"):
+            message = _stray(unknown, task) or message
+        parser.error(message)
+    if resumes and "given" in arguments:
+        again = sorted(arguments.given - _WITH_RESUME)
+        if again:
+            parser.error(
+                f"--{again[0].replace('_', '-')} with --resume: a run goes on as it began, and "
+                "takes every option but --device and --threads from its config.json"
+            )
+    return arguments
+
+
+def _task_of(words: list[str]) -> tuple[str, bool]:
+    """Return the task of `lrnnx train`, by --task or the folder of --resume, and if that is there.
+
+    What is wrong with either is said later, by the parser or by whoever reads the folder.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--task", choices=TASKS)
+    parser.add_argument("--resume")
+    try:
+        early, _ = parser.parse_known_args(words)
+    except argparse.ArgumentError:
+        return "classify", False
+    if early.resume is None or early.task is not None:
+        return early.task or "classify", early.resume is not None
+    try:
+        task = json.loads((Path(early.resume) / "config.json").read_text()).get("task")
+    except (OSError, ValueError, AttributeError):
+        task = None
+    return (task if task in TASKS else "classify"), True
+
+
+def _stray(unknown: list[str], task: str) -> str | None:
+    """Return what to say of an option that belongs to another task."""
+    name = next((word.partition("=")[0] for word in unknown if word.startswith("--")), None)
+    owners = [other for other in TASKS if other != task and name in _options(other)]
+    if not owners:
+        return None
+    return f"{name} is an option of --task {', '.join(owners)}, not of --task {task}"
+
+
+def _options(task: str) -> set[str]:
+    parser = argparse.ArgumentParser(add_help=False)
+    importlib.import_module(f"lrnnx_nn.cli.train_{task}").add_arguments(parser)
+    return set(parser._option_string_actions)
+
+
 class _Parser(argparse.ArgumentParser):
     """Reports a bad argument as every other user error: one line, code 2."""
+
+    notes_given = False
+    """Whether to leave in ``given`` which options were named, whatever their values."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"lrnnx: error: {message} (see {self.prog} --help)\n")
 
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any = None, namespace: Any = None
+    ) -> Any:
+        result, rest = super().parse_known_args(args, namespace)
+        if self.notes_given:
+            # argparse sets a default only where there is no value yet, not even None
+            options = [action.dest for action in self._actions]
+            blank = argparse.Namespace(**dict.fromkeys(options))
+            super().parse_known_args(args, blank)
+            result.given = frozenset(k for k in options if getattr(blank, k) is not None)
+        return result, rest
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of every command."""
+
+def build_parser(task: str = "classify", *, resumes: bool = False) -> argparse.ArgumentParser:
+    """Return the parser of every command.
+
+    Args:
+        task: whose options ``train`` has.
+        resumes: no option is required, all of them stand in the folder of the run.
+    """
     parser = _Parser(prog="lrnnx", description="Linear recurrent networks on sequences.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     parser.add_argument(
@@ -78,8 +150,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="show where an error comes from (default: one line)",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_train(commands)
+    _add_train(commands, task, resumes)
     _add_eval(commands)
+    generate.add_arguments(
+        commands.add_parser("generate", help=generate.SUMMARY, allow_abbrev=False)
+    )
     _add_models(commands)
     doctor = commands.add_parser("doctor", help="what is installed, and what is missing")
     doctor.set_defaults(module="doctor")
@@ -101,31 +176,33 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _add_train(commands: Any) -> None:
+def _add_train(commands: Any, task: str, resumes: bool) -> None:
+    module = importlib.import_module(f"lrnnx_nn.cli.train_{task}")
+    tasks = "\n".join(f"  {name:<10}{text}" for name, text in TASKS.items())
     parser = commands.add_parser(
         "train",
-        help="train a sequence classifier and test it",
-        description="Train a sequence classifier, test it once, and leave a run folder with "
-        "config, weights, metrics and pictures. Ctrl-C ends training and keeps the best network.",
+        help="train a classifier, language model, forecaster or denoiser",
+        usage="lrnnx train [--task TASK] [OPTION ...]",
+        description="Train a network, test it once, and leave a run folder with config, weights, "
+        "metrics and\nresult. Ctrl-C ends training and keeps the best network; --resume goes on "
+        f"from there.\n\ntasks, with options each (lrnnx train --task TASK --help):\n{tasks}\n\n"
+        f"The options below are those of --task {task}: {module.SUMMARY}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.set_defaults(module="train")
+    parser.notes_given = True
+    parser.set_defaults(module=f"train_{task}")
     add = parser.add_argument
-    add(
-        "--dataset",
-        default=recipes.DEFAULT_DATASET,
-        metavar="NAME|FILE",
-        help="a set that aeon ships, digits, or a .ts or .npz file (default: %(default)s)",
-    )
-    add(
-        "--layer",
-        default=recipes.DEFAULT_LAYER,
-        metavar="MODEL",
-        help="recurrent layer, see `lrnnx models` (default: %(default)s)",
-    )
+    add("--task", choices=TASKS, default="classify", help="what to learn (default: %(default)s)")
     add(
         "--out",
         metavar="FOLDER",
-        help="new or empty run folder (default: runs/DATASET-LAYER-SEED-TIME)",
+        help="new or empty run folder (default: runs/NAME-...-TIME)",
+    )
+    add(
+        "--resume",
+        metavar="FOLDER",
+        help="go on with an unfinished run, with its own options (default: start a new one)",
     )
     add(
         "--device",
@@ -141,58 +218,10 @@ def _add_train(commands: Any) -> None:
         metavar="N",
         help="CPU threads; 0: torch's own choice, for larger networks (default: %(default)s)",
     )
-    model = parser.add_argument_group("the network")
-    texts = {
-        "d_model": "channels of the blocks",
-        "d_state": "state size of the layer",
-        "n_layer": "number of blocks",
-        "norm": "layer, rms, batch or none",
-        "activation": "none, gelu, half_glu1, half_glu2, full_glu or glu",
-        "dropout": "probability of a zero",
-        "pooling": "over time: mean, last or max",
-    }
-    for name, text in texts.items():
-        kind, metavar = _KINDS[type(recipes.MODEL[name])]
-        text += f" (default: {_model_default(name)})"
-        model.add_argument(_flag(name), type=kind, help=text, metavar=metavar)
-    model.add_argument(
-        "--layer-option", action="append", default=[], metavar="KEY=VALUE",
-        help="a further option of the layer, may be repeated, as in bidirectional=true "
-        f"(default: {_layer_option_default()})",
-    )  # fmt: skip
-    _add_training_options(parser.add_argument_group("training"))
-
-
-def _add_training_options(group: Any) -> None:
-    texts = {
-        "epochs": "largest number of passes over the training part",
-        "batch_size": "sequences a step",
-        "lr": "peak learning rate of AdamW",
-        "ssm_lr": "the same for state-space parameters",
-        "weight_decay": "of what is not a state-space parameter, a norm or a bias",
-        "warmup": "part of the steps in which the rate rises",
-        "clip": "largest norm of the gradient",
-        "label_smoothing": "share of the target spread over all classes",
-        "noise": "deviation of noise on the inputs, in units of each channel's deviation",
-        "crop": "cut training sequences to stretches at most this share shorter",
-        "validation_fraction": "of the training part, held out for every choice",
-        "patience": "stop after so many epochs without a better validation result; 0: never",
-        "seed": "of splits, initial values, order and noise",
-    }
-    for field in dataclasses.fields(TrainingConfig):
-        if field.name == "refit":
-            continue
-        kind, metavar = _KINDS[type(field.default)]
-        group.add_argument(
-            _flag(field.name), type=kind, default=field.default,
-            metavar=metavar,
-            help=f"{texts[field.name]} (default: %(default)s)",
-        )  # fmt: skip
-    group.add_argument(
-        "--refit", action=argparse.BooleanOptionalAction, default=TrainingConfig.refit,
-        help="train once more on training and validation part, for the epochs that validation "
-        f"chose (default: --{'refit' if TrainingConfig.refit else 'no-refit'})",
-    )  # fmt: skip
+    module.add_arguments(parser)
+    if resumes:
+        for action in parser._actions:
+            action.required = False
 
 
 def _add_eval(commands: Any) -> None:
@@ -200,8 +229,9 @@ def _add_eval(commands: Any) -> None:
     parser.set_defaults(module="evaluate")
     parser.add_argument("run", metavar="RUN", help="folder that `lrnnx train` wrote")
     parser.add_argument(
-        "--dataset", metavar="NAME|FILE", help="test on this set (default: the run's)"
-    )
+        "--data", "--dataset", dest="source", metavar="NAME|FILE",
+        help="test on this set, text, series or folder of sounds (default: the run's)",
+    )  # fmt: skip
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda ... (default: %(default)s)"
     )
@@ -215,28 +245,6 @@ def _add_models(commands: Any) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON (default: text)")
     form.add_argument("--cite", action="store_true", help="print BibTeX alone (default: text)")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _model_default(name: str) -> str:
-    exceptions = [
-        f"{values[name]} for {layer}"
-        for layer, values in recipes.LAYER_MODEL.items()
-        if name in values
-    ]
-    return "; ".join([str(recipes.MODEL[name]), *exceptions])
-
-
-def _layer_option_default() -> str:
-    chosen = [
-        f"{key}={value} for {layer}"
-        for layer, values in recipes.LAYER_OPTIONS.items()
-        for key, value in values.items()
-    ]
-    return "; ".join(chosen) or "none"
 
 
 if __name__ == "__main__":

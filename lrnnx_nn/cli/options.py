@@ -43,22 +43,61 @@ def parse_layer_options(layer: str, texts: Sequence[str]) -> dict[str, Any]:
             type than the default's.
     """
     model = registry.get(layer)
-    known = layer_options(model)
+    return _parse(model.name, layer_options(model), texts, "--layer-option")
+
+
+def _parse(owner: str, known: dict[str, Any], texts: Sequence[str], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals:
-            raise ValueError(f"--layer-option {text!r}, expected KEY=VALUE")
+            raise ValueError(f"{where} {text!r}, expected KEY=VALUE")
         if key not in known:
             raise ValueError(
-                f"--layer-option: {model.name} has no option {key!r}; expected one of "
+                f"{where}: {owner} has no option {key!r}; expected one of "
                 f"{', '.join(sorted(known))}"
             )
         if key in found:
-            raise ValueError(f"--layer-option: {key} is given twice")
-        found[key] = _typed(key, _literal(value.strip()), known[key])
+            raise ValueError(f"{where}: {key} is given twice")
+        found[key] = _typed(where, key, _literal(value.strip()), known[key])
     return found
+
+
+def parse_mixer_options(types: Sequence[str], texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Turn ``TYPE.KEY=VALUE`` texts into options of the mixers of a language model.
+
+    Raises:
+        ValueError: a type that is not among ``types``; see `parse_layer_options` for the rest.
+    """
+    from lrnnx_nn.mixers import ATTENTION, mixer_name
+
+    known = [mixer_name(name) for name in types]
+    grouped: dict[str, list[str]] = {}
+    for text in texts:
+        name, dot, option = text.partition(".")
+        if not dot or "=" in name:
+            raise ValueError(f"--mixer-option {text!r}, expected TYPE.KEY=VALUE")
+        if mixer_name(name) not in known:
+            raise ValueError(f"--mixer-option {text!r}: the mixers are {', '.join(known)}")
+        grouped.setdefault(mixer_name(name), []).append(option)
+    return {
+        name: _parse("Attention", _attention_options(), options, "--mixer-option")
+        if name == ATTENTION
+        else _parse(name, layer_options(registry.get(name)), options, "--mixer-option")
+        for name, options in grouped.items()
+    }
+
+
+def _attention_options() -> dict[str, Any]:
+    from lrnnx_nn.attention import Attention
+
+    parameters = inspect.signature(Attention).parameters.values()
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in _ELSEWHERE
+    }
 
 
 def _literal(text: str) -> Any:
@@ -70,7 +109,7 @@ def _literal(text: str) -> Any:
     return text
 
 
-def _typed(key: str, value: Any, default: Any) -> Any:
+def _typed(where: str, key: str, value: Any, default: Any) -> Any:
     """Return the value if it has the default's type; a default of None tells nothing."""
     if default is None or default is inspect.Parameter.empty:
         if isinstance(value, int | float | str) or value is None:
@@ -92,7 +131,7 @@ def _typed(key: str, value: Any, default: Any) -> Any:
         if isinstance(value, str):
             return value
         expected = "a word"
-    raise ValueError(f"--layer-option: {key} = {value!r}, expected {expected}")
+    raise ValueError(f"{where}: {key} = {value!r}, expected {expected}")
 
 
 def parse_device(name: str) -> torch.device:

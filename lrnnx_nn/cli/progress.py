@@ -8,30 +8,42 @@ from typing import Any
 
 from lrnnx_nn.optional import require
 from lrnnx_nn.training import Epoch
+from lrnnx_nn.training.engine import Record
 
 _TITLES = {"search": "training", "refit": "refit on all"}
+_LINES = 10  # of a phase, where the output is no terminal
 
 
 class Progress:
-    """A bar for each phase with loss, validation accuracy and the best so far.
+    """A bar for each phase with the loss, a validation figure and the best of it so far.
 
-    Where the output is no terminal, a line every tenth epoch instead.
+    Where the output is no terminal, a line now and then instead.
+
+    Args:
+        metric: key of the figure in `Record.figures`; "" shows the loss alone.
+        form: how to show it, as in ``"{:.3f}"``.
+        maximize: whether a larger one is better.
+        unit: of the figure.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, metric: str = "", form: str = "{:.4g}", *, maximize: bool = False, unit: str = ""
+    ) -> None:
         console, progress = require("rich.console"), require("rich.progress")
+        self.metric, self.form, self.maximize, self.unit = metric, form, maximize, unit
         self.console = console.Console()
         self.bar: Any = progress.Progress(
             progress.TextColumn("{task.description:<12}"),
-            progress.BarColumn(bar_width=24),
+            progress.BarColumn(bar_width=12),
             progress.MofNCompleteColumn(),
             progress.TextColumn("{task.fields[figures]}"),
-            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
         )
         self.task: Any = None
-        self.title, self.epochs, self.best = "", 0, 0.0
+        self.title, self.total, self.shown = "", 0, 0
+        self.best: float | None = None
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -45,18 +57,38 @@ class Progress:
     ) -> None:
         self.bar.stop()
 
+    def begin(self, title: str, steps: int, *, done: int = 0) -> None:
+        """Begin a phase of so many steps, ``done`` of which an earlier run took."""
+        self.title, self.total, self.best, self.shown = title, steps, None, done
+        self.task = self.bar.add_task(title, total=steps, completed=done, figures="")
+
+    def step(self, step: int) -> None:
+        """Show that so many steps are taken."""
+        self.bar.update(self.task, completed=step)
+
+    def record(self, record: Record) -> None:
+        """Show an evaluation."""
+        self._show(record.step, record.loss, record.figures.get(self.metric))
+
     def phase(self, phase: str, epochs: int) -> None:
-        """Begin a phase of so many epochs."""
-        self.title, self.epochs, self.best = _TITLES.get(phase, phase), epochs, 0.0
-        self.task = self.bar.add_task(self.title, total=epochs, figures="")
+        """Begin a phase of a classifier's training, of so many epochs."""
+        self.begin(_TITLES.get(phase, phase), epochs)
 
     def epoch(self, epoch: Epoch) -> None:
         """Show an epoch that has ended."""
-        figures = f"loss {epoch.loss:.3f}"
-        if epoch.validation_accuracy is not None:
-            self.best = max(self.best, epoch.validation_accuracy)
-            figures += f"  validation {100 * epoch.validation_accuracy:5.1f} %"
-            figures += f"  best {100 * self.best:5.1f} %"
-        self.bar.update(self.task, completed=epoch.epoch, figures=figures)
-        if not self.console.is_terminal and (epoch.epoch % 10 == 0 or epoch.epoch == self.epochs):
-            print(f"{self.title} {epoch.epoch:3d}/{self.epochs}  {figures}", flush=True)
+        self._show(epoch.epoch, epoch.loss, epoch.validation_accuracy)
+
+    def _show(self, done: int, loss: float, value: float | None) -> None:
+        figures = short = f"loss {loss:.3f}"
+        if value is not None:
+            better = max if self.maximize else min
+            self.best = value if self.best is None else better(self.best, value)
+            now, best = (self.form.format(x) for x in (value, self.best))
+            figures += f"  validation {now}  best {best} {self.unit}".rstrip()
+            short += f"  val {now}  best {best}"  # in 80 columns, with the bar
+        self.bar.update(self.task, completed=done, figures=short)
+        due = done - self.shown >= self.total / _LINES or done == self.total
+        if not self.console.is_terminal and due:
+            self.shown = done
+            width = len(str(self.total))
+            print(f"{self.title} {done:{width}d}/{self.total}  {figures}", flush=True)

@@ -1,44 +1,45 @@
 # SPDX-License-Identifier: MIT
-"""``lrnnx train``."""
+"""``lrnnx train --task classify``, once its options are read."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import re
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lrnnx_core import registry
 from lrnnx_nn import recipes
 from lrnnx_nn.architectures import Classifier, ClassifierConfig
+from lrnnx_nn.cli.arguments import cpu_threads, new_folder, table
 from lrnnx_nn.cli.options import parse_device, parse_layer_options
 from lrnnx_nn.cli.progress import Progress
 from lrnnx_nn.data import load_dataset
 from lrnnx_nn.recipes import TrainingConfig
-from lrnnx_nn.training import RunResult, train_run
-from lrnnx_nn.training.run import check_folder
+from lrnnx_nn.training import RunResult, resume_run, train_run
+from lrnnx_nn.training.folder import check_folder
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Check every argument, then train; return the exit code."""
+    device = parse_device(arguments.device)
+    progress = Progress("validation_accuracy", "{:.1%}", maximize=True)
+    if arguments.resume is not None:
+        with cpu_threads(arguments.threads), progress:
+            outcome = resume_run(
+                arguments.resume, device=device, on_epoch=progress.epoch, on_phase=progress.phase
+            )
+        return _end(outcome)
     fields = [field.name for field in dataclasses.fields(TrainingConfig)]
     config = TrainingConfig(**{name: getattr(arguments, name) for name in fields})
     model_config = _model_config(arguments)
-    device = parse_device(arguments.device)
     if arguments.threads < 0:
         raise ValueError(f"--threads {arguments.threads}, expected >= 0")
     folder = None if arguments.out is None else check_folder(arguments.out)
-    progress = Progress()
     dataset = load_dataset(arguments.dataset, seed=config.seed)
     if folder is None:
-        folder = _default_folder(dataset.name, model_config.layer, config.seed)
+        folder = new_folder(dataset.name, model_config.layer, config.seed)
     model_config = dataclasses.replace(
         model_config, d_input=dataset.channels, n_classes=len(dataset.classes)
     )
@@ -48,29 +49,26 @@ def run(arguments: argparse.Namespace) -> int:
         f"({dataset.split} split), length {shortest} to {longest}, {dataset.channels} channels, "
         f"{len(dataset.classes)} classes"
     )
-    with _threads(arguments.threads), progress:
+    with cpu_threads(arguments.threads), progress:
         outcome = train_run(
             dataset, model_config, config, folder, source=_source(arguments.dataset), device=device,
             on_epoch=progress.epoch, on_phase=progress.phase,
         )  # fmt: skip
+    return _end(outcome)
+
+
+def _end(outcome: RunResult) -> int:
     _report(outcome)
     if outcome.result["diverged"]:
         print("lrnnx: warning: the loss became infinite; try a smaller --lr", file=sys.stderr)
     if outcome.interrupted:
-        print("lrnnx: interrupted, the best network was kept and tested", file=sys.stderr)
+        print(
+            "lrnnx: interrupted, the best network was kept and tested; "
+            f"go on with lrnnx train --resume {outcome.folder}",
+            file=sys.stderr,
+        )
         return 130
     return 0
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Run with so many CPU threads; 0 leaves torch's choice."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _model_config(arguments: argparse.Namespace) -> ClassifierConfig:
@@ -103,16 +101,6 @@ def _source(dataset: str) -> str:
     return str(path.resolve()) if path.suffix.lower() in (".ts", ".npz") else dataset
 
 
-def _default_folder(dataset: str, layer: str, seed: int) -> Path:
-    name = re.sub(r"[^\w.-]+", "_", dataset)
-    stem = f"{name}-{layer}-{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, number = Path("runs") / stem, 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{stem}-{number}"
-    return folder
-
-
 def _report(outcome: RunResult) -> None:
     result = outcome.result
     lines = [("test accuracy", f"{100 * result['test_accuracy']:.2f} %")]
@@ -127,6 +115,4 @@ def _report(outcome: RunResult) -> None:
         ("time", f"{result['seconds']:.1f} s on {result['device']}"),
         ("run folder", str(outcome.folder)),
     ]
-    width = max(len(label) for label, _ in lines)
-    for label, value in lines:
-        print(f"{label:<{width}}  {value}")
+    print(table(lines))

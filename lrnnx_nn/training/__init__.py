@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""A plain training loop for classifiers, and the folder a run leaves behind."""
+"""Training: the engine, a loop for classifiers, and the folder a run leaves behind."""
 
 from lrnnx_nn.recipes import TrainingConfig
 from lrnnx_nn.training.loop import Epoch, Evaluation, Fit, evaluate, fit
-from lrnnx_nn.training.run import RunResult, evaluate_run, train_run
+from lrnnx_nn.training.run import RunResult, evaluate_run, resume_run, train_run
 
 __all__ = [
     "Epoch",
@@ -14,5 +14,6 @@ __all__ = [
     "evaluate",
     "evaluate_run",
     "fit",
+    "resume_run",
     "train_run",
 ]

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Training and evaluation of a classifier: the loop one would write by hand."""
+"""Training and evaluation of a classifier by epochs."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +13,9 @@ from torch.nn import functional as F
 
 from lrnnx_nn.architectures.classifier import Classifier
 from lrnnx_nn.data.dataset import Sequences
-from lrnnx_nn.optimizer_groups import param_groups
-from lrnnx_nn.recipes import TrainingConfig
+from lrnnx_nn.recipes import FitConfig, TrainingConfig
+from lrnnx_nn.training import engine
+from lrnnx_nn.training.engine import BaseTask
 
 EVALUATION_BATCH = 256
 
@@ -77,8 +77,10 @@ def fit(
     phase: str = "search",
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     on_best: Callable[[Classifier], None] = lambda model: None,
+    state: Mapping[str, Any] | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda state: None,
 ) -> Fit:
-    """Train with AdamW, a warm-up and a half cosine over ``epochs``.
+    """Train with AdamW, a warm-up and a half cosine over ``epochs``: `engine.fit` by epochs.
 
     Args:
         model: on the device to train on; holds the last epoch's weights afterwards.
@@ -90,42 +92,103 @@ def fit(
         phase: a name for the records.
         on_epoch: called after each epoch.
         on_best: called when the model is the best so far.
+        state: what ``save`` was given by an earlier fit: go on from there.
+        save: called with a state at the start, after each epoch and on Ctrl-C.
 
     Returns:
         The best weights and the record. A KeyboardInterrupt ends the loop and is noted, nothing
         else is lost; so does a loss that is not finite.
+
+    Raises:
+        ValueError: a state of another config or model.
     """
-    schedule = _Schedule(model, config, steps=epochs * math.ceil(len(train) / config.batch_size))
-    generator = torch.Generator().manual_seed(config.seed)
-    record: list[Epoch] = []
-    state: dict[str, Tensor] | None = None
-    best: Epoch | None = None
-    interrupted = diverged = False
-    try:
-        for number in range(1, epochs + 1):
-            started = time.perf_counter()
-            loss = _train_epoch(model, train, config, schedule, generator)
-            if not math.isfinite(loss):
-                diverged = True
-                break
-            judged = None if validation is None else evaluate(model, validation)
-            epoch = Epoch(
-                phase, number, loss, schedule.rate,
-                None if judged is None else judged.accuracy,
-                None if judged is None else judged.loss,
-                time.perf_counter() - started,
-            )  # fmt: skip
-            record.append(epoch)
-            if _better(epoch, best):
-                state, best = _copy(model), epoch
-                on_best(model)
-            on_epoch(epoch)
-            waited = 0 if best is None else number - best.epoch
-            if validation is not None and config.patience and waited >= config.patience:
-                break
-    except KeyboardInterrupt:
-        interrupted = True
-    return Fit(state, best, record, interrupted, diverged)
+    per_epoch = math.ceil(len(train) / config.batch_size)
+    task = ClassifierTask(train, config, validation)
+    how = FitConfig(
+        steps=epochs * per_epoch, evaluate_every=per_epoch, batch_size=config.batch_size,
+        accumulate=config.accumulate, precision=config.precision, lr=config.lr,
+        ssm_lr=config.ssm_lr, weight_decay=config.weight_decay, warmup=config.warmup,
+        clip=config.clip, patience=config.patience if validation is not None else 0,
+        seed=config.seed,
+    )  # fmt: skip
+
+    def epoch_of(record: engine.Record) -> Epoch:
+        judged = record.figures
+        return Epoch(
+            phase, record.step // per_epoch, record.loss, record.lr,
+            judged.get("validation_accuracy"), judged.get("validation_loss"), record.seconds,
+        )  # fmt: skip
+
+    outcome = engine.fit(
+        model, task.on(model), how, state=state, save=save, on_best=on_best,
+        on_record=lambda record: on_epoch(epoch_of(record)),
+    )  # fmt: skip
+    return Fit(
+        outcome.weights,
+        None if outcome.best is None else epoch_of(outcome.best),
+        [epoch_of(record) for record in outcome.records],
+        outcome.interrupted,
+        outcome.diverged,
+    )
+
+
+class ClassifierTask(BaseTask):
+    """Passes in random order over labelled sequences; the best has the highest accuracy.
+
+    Args:
+        train: the sequences to learn from.
+        config: batch size, noise, cropping and label smoothing.
+        validation: sequences to judge by, if any.
+    """
+
+    metric, maximize = "validation_accuracy", True
+
+    def __init__(
+        self, train: Sequences, config: TrainingConfig, validation: Sequences | None = None
+    ) -> None:
+        self.train, self.config, self.validation = train, config, validation
+        self.order, self.position = torch.empty(0, dtype=torch.int64), 0
+        self.std = torch.ones(train.x.shape[-1])
+
+    def on(self, model: Classifier) -> ClassifierTask:
+        """Take the device and the unit of the noise from a model."""
+        self.std = model.input_std
+        return self
+
+    def batch(self, generator: torch.Generator) -> Sequences:
+        """Return the next sequences of the pass, with noise and cropped."""
+        if self.position >= len(self.order):
+            self.order, self.position = torch.randperm(len(self.train), generator=generator), 0
+        index = self.order[self.position : self.position + self.config.batch_size]
+        self.position += self.config.batch_size
+        batch = self.train.take(index).to(self.std.device)
+        return augment(batch, self.std, self.config, generator)
+
+    def loss(self, model: Classifier, batch: Sequences) -> Tensor:
+        """Return the cross entropy in nats, with smoothed labels."""
+        logits = model(batch.x, lengths=batch.lengths)
+        return F.cross_entropy(logits, batch.y, label_smoothing=self.config.label_smoothing)
+
+    def evaluate(self, model: Classifier) -> dict[str, float]:
+        """Judge by the validation sequences."""
+        if self.validation is None:
+            return {}
+        judged = evaluate(model, self.validation)
+        return {"validation_accuracy": judged.accuracy, "validation_loss": judged.loss}
+
+    def score(self, figures: Mapping[str, float]) -> tuple[float, ...]:
+        """Return accuracy, then loss."""
+        if not figures:
+            return ()
+        return (figures["validation_accuracy"], -figures["validation_loss"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the order of this pass, and how much of it is done."""
+        return {"order": self.order, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on within a pass."""
+        self.order, self.position = state["order"], state["position"]
 
 
 def augment(
@@ -155,76 +218,3 @@ def augment(
 
 def _uniform(n: int, generator: torch.Generator, device: torch.device) -> Tensor:
     return torch.rand(n, generator=generator).to(device)
-
-
-def _train_epoch(
-    model: Classifier,
-    train: Sequences,
-    config: TrainingConfig,
-    schedule: _Schedule,
-    generator: torch.Generator,
-) -> float:
-    """Take one pass in random order; return the mean loss."""
-    model.train()
-    total = 0.0
-    device = model.input_mean.device
-    order = torch.randperm(len(train), generator=generator)
-    for index in order.split(config.batch_size):
-        batch = augment(train.take(index).to(device), model.input_std, config, generator)
-        logits = model(batch.x, lengths=batch.lengths)
-        loss = F.cross_entropy(logits, batch.y, label_smoothing=config.label_smoothing)
-        schedule.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-        schedule.step()
-        total += float(loss.detach()) * len(index)
-    return total / len(train)
-
-
-class _Schedule:
-    """AdamW, with every group's rate following one warm-up and half cosine."""
-
-    def __init__(self, model: Classifier, config: TrainingConfig, steps: int) -> None:
-        groups = param_groups(model, config.lr, config.ssm_lr, config.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups)
-        self.peak = config.lr
-        self.warm, self.steps, self.taken = config.warmup * steps, steps, 0
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self._set()
-
-    @property
-    def factor(self) -> float:
-        """Share of the peak rate at the next step."""
-        if self.taken < self.warm:
-            return (self.taken + 1) / (self.warm + 1)
-        done = (self.taken - self.warm) / max(self.steps - self.warm, 1)
-        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-    @property
-    def rate(self) -> float:
-        """Rate of the ordinary parameters at the next step."""
-        return self.peak * self.factor
-
-    def step(self) -> None:
-        """Step the optimizer and move on."""
-        self.optimizer.step()
-        self.taken += 1
-        self._set()
-
-    def _set(self) -> None:
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * self.factor
-
-
-def _better(epoch: Epoch, best: Epoch | None) -> bool:
-    if best is None or epoch.validation_accuracy is None:
-        return True
-
-    def key(e: Epoch) -> tuple[Any, ...]:
-        return (e.validation_accuracy, -(e.validation_loss or 0.0))
-
-    return key(epoch) > key(best)
-
-
-def _copy(model: Classifier) -> dict[str, Tensor]:
-    return {key: value.detach().clone() for key, value in model.state_dict().items()}

@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +16,11 @@ from lrnnx_nn import viz
 from lrnnx_nn.architectures import Classifier, ClassifierConfig
 from lrnnx_nn.data import Dataset, load_dataset, statistics, stratified_split
 from lrnnx_nn.data.dataset import Sequences
-from lrnnx_nn.files import read_json, write_json
 from lrnnx_nn.optional import require
 from lrnnx_nn.recipes import TrainingConfig
+from lrnnx_nn.training.checkpoint import digest
+from lrnnx_nn.training.folder import CONFIG, RunFolder, check_folder, read_config, versions
 from lrnnx_nn.training.loop import Epoch, Evaluation, Fit, evaluate, fit
-
-CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 
 
 class RunResult(NamedTuple):
@@ -33,20 +29,6 @@ class RunResult(NamedTuple):
     folder: Path
     result: dict[str, Any]
     interrupted: bool
-
-
-def check_folder(folder: Path | str) -> Path:
-    """Return the folder if a run may be written there.
-
-    Raises:
-        ValueError: it is a file, or holds something already.
-    """
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: a file, expected a new or empty folder for the run")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder}: not empty, and runs are never overwritten; name a new folder")
-    return folder
 
 
 def train_run(
@@ -80,44 +62,103 @@ def train_run(
         KeyboardInterrupt: it came before the first epoch had ended.
         MissingDependencyError: matplotlib or safetensors is not installed.
     """
-    folder = check_folder(folder)
+    check_folder(folder)
     for package in ("matplotlib", "safetensors"):
         require(package)
+    make_model(model_config, config, dataset.train, device)  # its errors come before the folder
+    asked = _config(dataset, model_config, config, source, device)
+    run = RunFolder.create(folder, asked)
+    return _go(run, dataset, model_config, config, device, on_epoch, on_phase)
+
+
+def resume_run(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    on_phase: Callable[[str, int], None] = lambda phase, epochs: None,
+) -> RunResult:
+    """Go on with a run that Ctrl-C or a crash ended: bit for bit as if nothing had, on a CPU.
+
+    Args:
+        folder: of `train_run`.
+        device: see `train_run`.
+        on_epoch: the same.
+        on_phase: the same.
+
+    Raises:
+        ValueError: no such run, a finished one, a damaged file, or data that have changed.
+    """
+    run = RunFolder.resume(folder, task="classify")
+    for package in ("matplotlib", "safetensors"):
+        require(package)
+    asked = run.config
+    dataset = load_dataset(asked["dataset"]["source"], seed=asked["training"]["seed"])
+    if _digest(dataset) != asked["dataset"]["digest"]:
+        raise ValueError(f"{asked['dataset']['source']}: the data have changed since the run began")
+    model_config = ClassifierConfig.from_dict(asked["model"])
+    config = TrainingConfig(**asked["training"])
+    return _go(run, dataset, model_config, config, device, on_epoch, on_phase)
+
+
+def _go(
+    run: RunFolder,
+    dataset: Dataset,
+    model_config: ClassifierConfig,
+    config: TrainingConfig,
+    device: torch.device | str,
+    on_epoch: Callable[[Epoch], None],
+    on_phase: Callable[[str, int], None],
+) -> RunResult:
+    """Search, refit, test and write, or what is left of that."""
     started = time.perf_counter()
+    saved: dict[str, Any] = run.state or {"phase": "search", "fit": None, "seconds": 0.0}
     kept, held = stratified_split(dataset.train.y, config.validation_fraction, config.seed)
     train, validation = dataset.train.take(kept), dataset.train.take(held)
-    model = _fresh(model_config, config, train, device)
+    model = make_model(model_config, config, train, device)
     before = viz.eigenvalues(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, _config(dataset, model_config, config, source, device))
-    rows: list[Epoch] = []
+    run.rewind()
+    rows = [Epoch(**row) for row in run.rows()]
 
     def record(epoch: Epoch) -> None:
         rows.append(epoch)
-        with (folder / METRICS).open("a") as file:
-            file.write(json.dumps(epoch._asdict()) + "\n")
+        run.append(epoch._asdict())
         on_epoch(epoch)
 
-    on_phase("search", config.epochs)
-    search = fit(
-        model, train, config, epochs=config.epochs, validation=validation, on_epoch=record,
-        on_best=lambda best: best.save(folder),
-    )  # fmt: skip
-    _require_best(search, config)
+    def save(phase: str, done: dict[str, Any] | None) -> Callable[[dict[str, Any]], None]:
+        def write(state: dict[str, Any]) -> None:
+            seconds = saved["seconds"] + time.perf_counter() - started
+            run.save({"phase": phase, "search": done, "fit": state, "seconds": seconds})
+
+        return write
+
+    if saved["phase"] == "search":
+        on_phase("search", config.epochs)
+        search = fit(
+            model, train, config, epochs=config.epochs, validation=validation, on_epoch=record,
+            on_best=lambda best: best.save(run.path), state=saved["fit"],
+            save=save("search", None),
+        )  # fmt: skip
+        _require_best(search, config, run.path)
+        done, state = _pack(search), None
+    else:
+        done, state = saved["search"], saved["fit"]
+        search = _unpack(done, rows)
     chosen, refitted, refit_interrupted = model, False, False
     if search.state is not None:
         model.load_state_dict(search.state)
     if config.refit and not search.interrupted and search.best is not None:
         on_phase("refit", search.best.epoch)
-        again = _fresh(model_config, config, dataset.train, device)
+        again = make_model(model_config, config, dataset.train, device)
         second = fit(
-            again, dataset.train, config, epochs=search.best.epoch, phase="refit", on_epoch=record
-        )
+            again, dataset.train, config, epochs=search.best.epoch, phase="refit",
+            on_epoch=record, state=state, save=save("refit", done),
+        )  # fmt: skip
         refit_interrupted = second.interrupted
         if not second.interrupted and not second.diverged:
             chosen, refitted = again, True
-    chosen.save(folder)
-    seconds = time.perf_counter() - started
+    chosen.save(run.path)
+    seconds = saved["seconds"] + time.perf_counter() - started
     _check_stability(chosen)
     test = evaluate(chosen, dataset.test)
     interrupted = search.interrupted or refit_interrupted
@@ -129,9 +170,21 @@ def train_run(
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    write_json(folder / RESULT, result)
-    _draw(folder, dataset, chosen, before, rows, result)
-    return RunResult(folder, result, interrupted)
+    run.write_result(result, keep_state=interrupted)
+    _draw(run.path, dataset, chosen, before, rows, result)
+    return RunResult(run.path, result, interrupted)
+
+
+def _pack(search: Fit) -> dict[str, Any]:
+    """Return what the refit needs of the search, for a saved state."""
+    best = None if search.best is None else search.best._asdict()
+    return {"state": search.state, "best": best, "diverged": search.diverged}
+
+
+def _unpack(done: dict[str, Any], rows: list[Epoch]) -> Fit:
+    best = None if done["best"] is None else Epoch(**done["best"])
+    epochs = [row for row in rows if row.phase == "search"]
+    return Fit(done["state"], best, epochs, False, done["diverged"])
 
 
 def evaluate_run(
@@ -151,9 +204,7 @@ def evaluate_run(
         ValueError: not a run folder, a broken file in it, data that do not fit.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder}: not a run folder, it has no {CONFIG}")
-    config = read_json(folder / CONFIG)
+    config = read_config(folder)
     try:
         run_source, seed = config["dataset"]["source"], config["training"]["seed"]
         classes = config["dataset"]["classes"]
@@ -185,18 +236,20 @@ def confusion_matrix(y: Tensor, predictions: Tensor, n_classes: int) -> list[lis
     return torch.bincount(pairs, minlength=n_classes**2).reshape(n_classes, n_classes).tolist()
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and the packages that a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("lrnnx-core", "torch", "numpy", "aeon"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+def report(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the lines that `lrnnx eval` prints of `evaluate_run`'s result."""
+    lines = [
+        ("data set", str(result["dataset"])),
+        ("test accuracy", f"{100 * result['test_accuracy']:.2f} %"),
+        ("test loss", f"{result['test_loss']:.4f} nats"),
+    ]
+    for name, row in zip(result["classes"], result["confusion_matrix"], strict=True):
+        right = row[result["classes"].index(name)]
+        lines.append((f"class {name}", f"{right} of {sum(row)} right"))
+    return lines
 
 
-def _fresh(
+def make_model(
     model_config: ClassifierConfig,
     config: TrainingConfig,
     train: Sequences,
@@ -215,11 +268,13 @@ def _check_stability(model: Classifier) -> None:
         layer.check_stability()
 
 
-def _require_best(search: Fit, config: TrainingConfig) -> None:
+def _require_best(search: Fit, config: TrainingConfig, folder: Path) -> None:
     if search.best is not None:
         return
     if search.interrupted:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(
+            f"before the first evaluation; go on with lrnnx train --resume {folder}"
+        )
     raise ValueError(
         f"the loss is not finite in the first epoch with lr = {config.lr}; try a smaller one"
     )
@@ -233,6 +288,7 @@ def _config(
     device: torch.device | str,
 ) -> dict[str, Any]:
     return {
+        "task": "classify",
         "dataset": {
             "name": dataset.name,
             "source": source,
@@ -241,6 +297,7 @@ def _config(
             "test": len(dataset.test),
             "channels": dataset.channels,
             "classes": list(dataset.classes),
+            "digest": _digest(dataset),
         },
         "model": model_config.to_dict(),
         "training": dataclasses.asdict(config),
@@ -249,9 +306,14 @@ def _config(
     }
 
 
+def _digest(dataset: Dataset) -> str:
+    return digest([[part.x, part.lengths, part.y] for part in (dataset.train, dataset.test)])
+
+
 def _result(dataset: Dataset, model: Classifier, search: Fit, test: Evaluation) -> dict[str, Any]:
     best = search.best
     return {
+        "task": "classify",
         "dataset": dataset.name,
         "layer": model.config.layer,
         "test_accuracy": test.accuracy,

@@ -17,6 +17,7 @@ from lrnnx_nn.viz.dynamics import (
     plot_time_constants,
 )
 from lrnnx_nn.viz.runs import plot_confusion_matrix, plot_learning_curve
+from lrnnx_nn.viz.signals import plot_error_by_step, plot_forecasts, plot_spectrograms
 from lrnnx_nn.viz.systems import (
     System,
     eigenvalues,
@@ -26,6 +27,7 @@ from lrnnx_nn.viz.systems import (
     step_responses,
     systems_of,
 )
+from lrnnx_nn.viz.text import plot_bits
 
 __all__ = [
     "BLACK",
@@ -40,11 +42,15 @@ __all__ = [
     "frequency_responses",
     "kernels",
     "layers_of",
+    "plot_bits",
     "plot_bode",
     "plot_confusion_matrix",
     "plot_eigenvalues",
+    "plot_error_by_step",
+    "plot_forecasts",
     "plot_kernels",
     "plot_learning_curve",
+    "plot_spectrograms",
     "plot_step_responses",
     "plot_time_constants",
     "save_figure",
