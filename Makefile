@@ -47,12 +47,9 @@ docs: $(VENV)/.installed-dev ## build the documentation into site/, warnings are
 
 notebooks: $(VENV)/.installed-dev ## execute every notebook in a scratch folder
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
-	for notebook in notebooks/*.ipynb; do \
-		[ -e "$$notebook" ] || continue; \
-		echo "$$notebook"; \
-		$(TIMEOUT) $(BIN)/python -m nbconvert --to notebook --execute \
-			--ExecutePreprocessor.kernel_name=python3 --output-dir "$$out" "$$notebook" || exit 1; \
-	done
+	ls notebooks/*.ipynb | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I NOTEBOOK $(TIMEOUT) \
+		$(BIN)/python -m nbconvert --to notebook --execute \
+		--ExecutePreprocessor.kernel_name=python3 --output-dir "$$out" NOTEBOOK
 
 wheel: $(VENV)/.installed-dev ## build dist/*.whl
 	rm -rf dist
