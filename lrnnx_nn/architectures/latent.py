@@ -10,8 +10,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lrnnx_core.models._common import check_sizes
-from lrnnx_nn.architectures._stage_blocks import StageBlockState
-from lrnnx_nn.architectures._stages import DownState, UpState
+from lrnnx_nn.architectures._rate_blocks import StageBlockState
+from lrnnx_nn.architectures._ways import DownState, UpState
 from lrnnx_nn.architectures.multirate import (
     MultirateConfig,
     check_sequence,

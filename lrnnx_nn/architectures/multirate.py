@@ -11,8 +11,8 @@ from typing import Any, Self
 from torch import Tensor
 
 from lrnnx_core.models._common import check_choice, check_sizes
-from lrnnx_nn.architectures._stage_blocks import StageBlock, StageBlocks
-from lrnnx_nn.architectures._stages import Contraction, Expansion
+from lrnnx_nn.architectures._rate_blocks import StageBlock, StageBlocks
+from lrnnx_nn.architectures._ways import Contraction, Expansion
 from lrnnx_nn.gated import ACTIVATIONS
 from lrnnx_nn.mixers import make_mixer, mixer_name
 from lrnnx_nn.norms import NORMS

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lrnnx_nn.architectures._stage_blocks import Number, StageBlocks, StageBlockState
+from lrnnx_nn.architectures._rate_blocks import Number, StageBlocks, StageBlockState
 from lrnnx_nn.pieces import Signal, Waiting, join, nothing, split
 from lrnnx_nn.resample import Downsample, Upsample
 
