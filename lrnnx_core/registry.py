@@ -10,6 +10,8 @@ from functools import lru_cache, partial
 from types import MappingProxyType, ModuleType
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from lrnnx_core.models import (
     centaurus,
     event_ssm,
@@ -492,13 +494,18 @@ def always_stable(model: Model, choices: Mapping[str, Any]) -> bool:
 def options(model: Model, function: str) -> frozenset[str]:
     """Return the names of the keyword options of one of the model's functions."""
     fn = getattr(model, function)
-    return frozenset() if fn is None else _options(fn)
+    if fn is None:
+        return frozenset()
+    # torch.compile traces through a cache, and warns that it does
+    return _options(fn) if torch.compiler.is_compiling() else _known_options(fn)
 
 
-@lru_cache(maxsize=256)
 def _options(function: Callable[..., Any]) -> frozenset[str]:
     parameters = inspect.signature(function).parameters.values()
     return frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+_known_options = lru_cache(maxsize=256)(_options)
 
 
 def _plain(name: str) -> str:

@@ -60,11 +60,16 @@ def make_mixer(
         dtype: their dtype; state-space parameters are at least float32.
 
     Raises:
-        ValueError: no such mixer, an option that it does not have, no d_state where it needs one.
+        ValueError: no such mixer, an option that it does not have or that is not its own to set,
+            no d_state where it needs one.
     """
     name = mixer_name(name)
     place: dict[str, Any] = {"device": device, "dtype": dtype}
     own = dict(options or {})
+    if given := sorted({"layer", "d_model", "generator", *place} & set(own)):
+        raise ValueError(
+            f"options of {name!r} with {given[0]!r}, expected those of the mixer alone"
+        )
     if name not in WITHOUT_D_STATE and d_state is not None:
         own.setdefault("d_state", d_state)
     if name == ATTENTION:

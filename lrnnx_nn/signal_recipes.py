@@ -61,6 +61,7 @@ class SeriesSource:
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", tuple(self.columns))
         object.__setattr__(self, "missing", tuple(self.missing))
+        _check_texts(self, ("source", "columns", "missing"), ("time", "time_format"))
         if self.on_gap is not None:
             _check("on_gap", self.on_gap in ON_GAP, self.on_gap, f"one of {', '.join(ON_GAP)}")
 
@@ -127,6 +128,7 @@ class SoundSource:
     channel: str = "mean"
 
     def __post_init__(self) -> None:
+        _check_texts(self, ("wav", "noise"), ())
         _check("rate", self.rate is None or self.rate >= 1, self.rate, "an integer >= 1")
         for name, allowed in (("on_rate", ON_RATE), ("channel", CHANNELS)):
             value = getattr(self, name)
@@ -165,7 +167,7 @@ class DenoiseConfig:
         object.__setattr__(self, "snr", tuple(self.snr))
         fits = len(self.snr) == 2 and -100 <= self.snr[0] <= self.snr[-1] <= 100
         _check("snr", fits, self.snr, "-100 <= lowest <= highest <= 100 dB")
-        _check("segment", self.segment > 0, self.segment, "a number of seconds > 0")
+        _check("segment", 0 < self.segment <= 3600, self.segment, "0 < segment <= 3600 seconds")
         _check("loss", self.loss in LOSSES, self.loss, f"one of {', '.join(LOSSES)}")
         _check_shares(self.validation_fraction, self.test_fraction)
         _check("split_seed", self.split_seed >= 0, self.split_seed, "an integer >= 0")
@@ -176,6 +178,15 @@ def _check_shares(validation: float, test: float) -> None:
     _check("validation_fraction", 0 < validation < 1, validation, "0 < validation_fraction < 1")
     fits = test > 0 and validation + test < 1
     _check("test_fraction", fits, test, "0 < test_fraction < 1 - validation_fraction")
+
+
+def _check_texts(config: Any, always: tuple[str, ...], maybe: tuple[str, ...]) -> None:
+    """Refuse what is no text, as of a config.json that was edited."""
+    for name in (*always, *maybe):
+        value = getattr(config, name)
+        texts = value if isinstance(value, tuple) else (value,)
+        fits = all(isinstance(text, str) for text in texts) or (value is None and name in maybe)
+        _check(name, fits, value, "text")
 
 
 def _check(name: str, fits: bool, value: object, expected: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import hypothesis
@@ -11,6 +12,11 @@ import torch
 SEED = 0
 
 torch.set_num_threads(1)  # pytest-xdist's processes fill the cores
+
+# A shell starts what runs in the background with Ctrl-C ignored, and children inherit that; tests
+# of Ctrl-C, in this process and in those it starts, need it heard.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _TorchRandomness:

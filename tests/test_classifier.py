@@ -37,7 +37,11 @@ def test_config_goes_through_json() -> None:
         ({"dropout": 1.0}, "dropout = 1.0, expected 0 <= dropout < 1"),
         ({"layer": "lstm"}, "unknown mixer 'lstm'; expected one of"),
         ({"width": 3}, "unknown key 'width'"),
-        ({"dropout": "much"}, "ClassifierConfig: "),
+        ({"dropout": "much"}, "dropout = 'much', expected 0 <= dropout < 1"),
+        ({"prenorm": "false"}, "prenorm = 'false', expected True or False"),
+        ({"final_norm": 1}, "final_norm = 1, expected True or False"),
+        ({"tie_dropout": "no"}, "tie_dropout = 'no', expected True or False"),
+        ({"layer_options": {"layer": "lru"}}, "'layer' = 'lru' beside layer = 's5'"),
     ],
 )
 def test_config_refuses(values: dict[str, object], message: str) -> None:

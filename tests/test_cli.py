@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -558,6 +559,17 @@ def test_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert re.fullmatch(r"lrnnx: error: .* not a run folder, it has no config\.json\n", done.stderr)
+
+
+def test_a_reader_that_has_left_before_the_end_is_no_error() -> None:
+    """What is written stays in Python's buffer until the program ends."""
+    run = (
+        "import sys, os; r, w = os.pipe(); os.dup2(w, 1); os.close(r); os.close(w); "
+        "from lrnnx_nn.cli.main import main; sys.exit(main(['--version']))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:

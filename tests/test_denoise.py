@@ -242,7 +242,15 @@ def test_an_interrupted_run_goes_on_bit_for_bit(wavs: Path, tmp_path: Path) -> N
 
 
 def test_a_resumed_run_wants_its_own_sounds(wavs: Path, tmp_path: Path) -> None:
-    go(wavs, tmp_path / "run", progress=Interrupts())
+    folder = go(wavs, tmp_path / "run", progress=Interrupts()).folder
+    asked = json.loads((folder / "config.json").read_text())["data"]
+    source = SoundSource(**{f.name: asked[f.name] for f in dataclasses.fields(SoundSource)})
+    path = wavs / read(source, CONFIG).split.test[0].name  # of which the gain does not tell
+    before = path.read_bytes()
+    write_wav(path, tone(700, 99.0), RATE)
+    with pytest.raises(ValueError, match="the same files with other content"):
+        run.resume_run(folder)
+    path.write_bytes(before)
     for path in wavs.glob("*.wav"):
         write_wav(path, tone(700, 99.0), RATE)
     with pytest.raises(ValueError, match="the same files with other content"):

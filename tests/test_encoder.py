@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import pytest
@@ -246,6 +247,8 @@ def test_tokens_outside_the_vocabulary_are_refused(bad: int) -> None:
     with pytest.raises(ValueError, match=rf"token {bad} at \(1, 2\), expected 0 \.\.\. 4"):
         model(ids)
     assert model(ids, lengths=torch.tensor([3, 2])).y.shape == (2, 3, 4)
+    for dtype in (torch.uint8, torch.int8, torch.int32):
+        assert torch.equal(model(ids[:1].to(dtype)).y, model(ids[:1]).y)
     with pytest.raises(ValueError, match=r"torch\.float32, expected tokens"):
         model(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="tokens have no statistics"):
@@ -304,6 +307,7 @@ def test_a_plan_fills_in_what_stages_leave_out() -> None:
         ({"pooling": "mean", "stride": 0}, "stride = 0, expected an integer >= 1"),
         ({"pooling": "max", "stride": 2, "event": True}, "pooling = 'max' with event = True"),
         ({"pooling": "mean", "stride": 2, "event": True}, "every layer to be 'event_ssm'"),
+        ({"event": "false"}, "event = 'false', expected True or False"),
         ({"width": 3}, "StageConfig: unknown key 'width'"),
     ],
 )
@@ -335,6 +339,9 @@ def test_bad_networks_are_refused() -> None:
         EncoderConfig.from_dict({"layer": "s5"})
     with pytest.raises(ValueError, match="Mamba has no option 'blocks'"):
         Encoder(EncoderConfig(1, stages=[StageConfig({"layer": "mamba", "blocks": 2})]))
+    for mean, std in (([0.0, math.nan], [1.0, 1.0]), ([0.0, 0.0], [1.0, math.inf])):
+        with pytest.raises(ValueError, match="expected finite numbers"):
+            network().set_statistics(torch.tensor(mean), torch.tensor(std))
 
 
 def test_reset_parameters_draws_every_stage_again() -> None:

@@ -395,9 +395,28 @@ def test_a_resumed_run_wants_its_own_series(gappy: Series, tmp_path: Path) -> No
                 raise KeyboardInterrupt
 
     go(gappy, tmp_path / "run", progress=Interrupts())
+    path = tmp_path / "mine.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], lines[-1].split(",")[0] + ",99"]) + "\n")
+    with pytest.raises(ValueError, match="the series has changed since the run began"):
+        run.resume_run(tmp_path / "run")
     written(tmp_path, rows(79))
     with pytest.raises(ValueError, match="79 rows now, the run began with 76"):
         run.resume_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("source", 5), ("time", ["t"]), ("columns", [1]), ("time_format", {})]
+)
+def test_an_edited_config_of_another_type(
+    name: str, value: Any, gappy: Series, tmp_path: Path
+) -> None:
+    folder = go(gappy, tmp_path / "run").folder
+    config = json.loads((folder / "config.json").read_text())
+    config["data"][name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"not the config of a forecast run \({name} = "):
+        run.evaluate_run(folder)
 
 
 def test_several_columns(tmp_path: Path) -> None:

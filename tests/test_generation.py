@@ -663,6 +663,13 @@ def test_a_bare_state_has_no_logits_and_a_context_has_its_batch() -> None:
     with pytest.raises(ValueError, match=r"prompts of batch \(3,\) and a context of batch \(2,\)"):
         generate(model, ids_of(3, 2), 2, state=found.context)
     assert isinstance(found.context, Context)
+    larger = LRNNLMHeadModel(8, 4, 1, V + 1, ["s5"]).double()
+    for prompt in (None, ids_of(2, 1)):
+        with pytest.raises(ValueError, match=f"a context of {V} tokens, and the model has {V + 1}"):
+            generate(larger, prompt, 2, state=found.context)
+    mixed = generate(model_of("attn", "s5"), ids_of(2, 3), 2, seed=0)
+    with pytest.raises(ValueError, match="a state with an AttentionRing where the model has a"):
+        generate(model_of("s5", "attn"), None, 2, state=mixed.context)
     bare = generate(model, ids_of(2, 3, seed=2), 4, seed=0, state=found.state)
     assert bare.tokens.shape == (2, 4)
 

@@ -640,7 +640,19 @@ def test_config_goes_through_json(case: str) -> None:
         ({"max_positions": 0}, "max_positions = 0, expected an integer >= 1 or None"),
         ({"pad_vocab_size_multiple": 0}, "pad_vocab_size_multiple = 0"),
         ({"dropout": 1.0}, "dropout = 1.0, expected 0 <= dropout < 1"),
-        ({"dropout": "much"}, "LRNNLMConfig: "),
+        ({"dropout": "much"}, "dropout = 'much', expected 0 <= dropout < 1"),
+        ({"dropout": True}, "dropout = True, expected"),
+        ({"tie_embeddings": "false"}, "tie_embeddings = 'false', expected True or False"),
+        ({"residual_in_fp32": 0}, "residual_in_fp32 = 0, expected True or False"),
+        ({"gradient_checkpointing": "no"}, "gradient_checkpointing = 'no', expected"),
+        ({"mlp_bias": "no", "d_intermediate": 4}, "mlp_bias = 'no', expected True or False"),
+        ({"embedding_scale": "2"}, "embedding_scale = '2', expected a finite number"),
+        ({"embedding_scale": float("nan")}, "embedding_scale = nan, expected a finite number"),
+        ({"logit_soft_cap": float("inf")}, "logit_soft_cap = inf, expected a number > 0 or None"),
+        ({"norm_eps": "1e-5"}, "norm_eps = '1e-5', expected a number > 0 or None"),
+        ({"mixer_types": None}, "mixer_types = None, expected a list of names"),
+        ({"mixer_kwargs": [("s5", {})]}, "expected a dict of options by type"),
+        ({"mixer_kwargs": {"s5": {"d_model": 4}}}, "'d_model', expected options of the mixer"),
         ({"logit_soft_cap": 0.0}, "logit_soft_cap = 0.0, expected a number > 0 or None"),
         ({"norm_eps": -1e-6}, "norm_eps = -1e-06, expected"),
         ({"norm": "batch"}, r"norm = 'batch', expected one of \('layer', 'rms', 'none'\)"),
@@ -725,6 +737,10 @@ def test_bad_tokens_and_states_are_refused() -> None:
         model.step(ids[:, 0], tuple(state))
     with pytest.raises(ValueError, match="a state of 1 blocks, the model has 2"):
         model.step(ids[:, 0], state._replace(blocks=state.blocks[:1]))
+    other = LRNNLMHeadModel(H, N, 2, V, ["mamba"], dtype=torch.float64).init_state((2,))
+    for call in (model.step, lambda one, state: model.prefill(one.unsqueeze(-1), state)):
+        with pytest.raises(ValueError, match="state is a State, expected a Tensor"):
+            call(ids[:, 0], other)
     same(model(ids.int()), model(ids))
 
 

@@ -678,6 +678,22 @@ def test_bad_lengths_and_bad_shapes_are_refused(case: Case) -> None:
         layer.prefill(u, layer.init_state((3,)))
 
 
+@first_case
+def test_a_scale_is_one_number(case: Case) -> None:
+    layer, u = layer_of(case), normal(3, 3, 3)  # a tensor (3,) fits the channels of some models
+    for bad, said in (
+        (torch.ones(3), r"dt_scale \(3,\), expected a 0-d tensor"),
+        (-1.0, "dt_scale = -1.0, expected a finite number"),
+        (float("nan"), "dt_scale = nan, expected a finite number"),
+    ):
+        for call in (layer, layer.prefill):
+            with pytest.raises(ValueError, match=said):
+                call(u, dt_scale=bad)
+        with pytest.raises(ValueError, match=said):
+            layer.step(u[:, 0], layer.init_state((3,)), dt_scale=bad)
+    assert_agree(layer(u, dt_scale=torch.tensor(2.0)), layer(u, dt_scale=2.0), EXACT)
+
+
 @every_model
 def test_the_generic_layer_needs_a_model(entry: Model) -> None:
     class Renamed(Layer):

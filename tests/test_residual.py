@@ -190,6 +190,10 @@ def test_mixers_by_name() -> None:
     assert made.params["Lambda_re"].dtype == torch.float64
     with pytest.raises(ValueError, match="unknown mixer 'gru'; expected one of s4, "):
         make_mixer("gru", H)
+    for key in ("d_model", "dtype", "device", "generator", "layer"):
+        for name in ("s5", "attn"):
+            with pytest.raises(ValueError, match=f"'{key}', expected those of the mixer alone"):
+                make_mixer(name, H, options={key: None})
 
 
 def test_errors_say_what_came_and_what_was_expected() -> None:

@@ -226,6 +226,25 @@ def test_stamps_off_the_grid(tmp_path: Path) -> None:
     assert bool(even.observed.all())
 
 
+@pytest.mark.parametrize("on_gap", ["timesteps", "interpolate"])
+def test_a_leap_that_would_fill_the_memory(tmp_path: Path, on_gap: str) -> None:
+    text = "t,y\n0,1\n1,2\n2,4\n{},3\n"
+    with pytest.raises(ValueError, match=r"line 5: 1e\+12 sampling periods of 1 since the row be"):
+        read(tmp_path, text.format(10**12 + 2), time="t", on_gap=on_gap)
+    assert len(read(tmp_path, text.format(10**5), time="t", on_gap=on_gap)) in (4, 10**5 + 1)
+    # off the grid no grid is made
+    bursts = read(tmp_path, "t,y\n0,1\n1,2\n2.4,4\n1e12,3\n", time="t", on_gap="timesteps")
+    assert not bursts.regular
+
+
+def test_interpolation_takes_memory_by_the_row(tmp_path: Path) -> None:
+    n = 40_000  # rows times rows would be 12.8 GB
+    text = "".join(f"{t},{t % 7}\n" for t in range(n) if t % 1000 != 5)
+    series = read(tmp_path, text, "2", time="1", on_gap="interpolate")
+    assert (len(series), int((~series.observed).sum())) == (n, n // 1000)
+    assert not bool(series.observed[5])
+
+
 # ------------------------------------------------------------------------------------ refused
 
 
@@ -257,6 +276,8 @@ def test_stamps_off_the_grid(tmp_path: Path) -> None:
             {"time": "t"},
             "line 3: time '2', expected a number or an ISO",
         ),
+        ("t,a\n-1.7e308,1\n1.7e308,2\n", {"time": "t"}, "line 2: time '-1.7e308', expected"),
+        ("t,a\n9999-11-30,1\n9999-12-31,2\n", {"time": "t"}, "line 2: .* a year from 2 to 9998"),
         ("t,a\n1,1\n", {"time": "t"}, "1 rows, expected at least two"),
         ('a\n1\n"2\n', {}, "not a readable CSV file"),
         ("a\n1\n2\n", {"on_gap": "ignore"}, "on_gap = 'ignore', expected one of"),

@@ -146,6 +146,7 @@ def test_saved_and_loaded(name: str, tokenizer: Path, tmp_path: Path) -> None:
         ({"kind": "byte", "size": 255}, "size 255, but the vocabulary has 256 tokens"),
         ({"kind": "char", "characters": "ab", "unknown": True, "size": 2}, "has 3 tokens"),
         ({"kind": "char", "characters": "ab", "size": 2}, "'unknown' is missing"),
+        ({"kind": "char", "characters": ["a"], "unknown": False, "size": 1}, "expected a string"),
         ({"kind": "tokenizer", "size": 2}, r"tokenizer\.json: no such file"),
     ],
 )

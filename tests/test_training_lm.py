@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -445,6 +447,7 @@ def test_what_cannot_be_resumed(
         ({"validation_fraction": 1}, "validation_fraction = 1.0, expected 0 <= valid"),
         ({"temperature": -1}, "temperature = -1.0, expected >= 0"),
         ({"sample": -1}, "sample = -1, expected an integer >= 0"),
+        ({"prompt": "€"}, "--prompt: character '€' (U+20AC) at position 0"),
         ({"vocabulary": "word"}, "vocabulary 'word', expected byte, char"),
         ({"vocabulary": "none.json"}, "none.json: no such file"),
         ({"steps": 0}, "steps = 0, expected an integer >= 1"),
@@ -501,6 +504,49 @@ def test_another_vocabulary_than_the_models_is_refused(
     (folder / "config.json").write_text('{"task": "lm"}')
     assert main(["eval", str(folder)]) == 2
     assert "'text', not the config of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("text", "text", 5, "text = 5, expected names of files"),
+        ("text", "test_text", [1], "test_text = [1], expected names of files"),
+        ("network", "mixer_kwargs", None, "mixer_kwargs = None, expected a mapping"),
+    ],
+)
+def test_an_edited_config_of_another_type(
+    part: str, name: str, value: Any, message: str, text: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main(flags(tmp_path / "run", text, steps=1)) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config[part][name] = value
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "config.json: " + message in error
+    assert error.count("\n") == 1
+
+
+def test_the_sample_goes_on_from_a_text_without_blanks(text: Path, tmp_path: Path) -> None:
+    text.write_text("anna\nbert\ncarl\n" * 60)
+    assert main(flags(tmp_path / "run", text, steps=1)) == 0
+    sample = json.loads((tmp_path / "run" / "result.json").read_text())["sample"]
+    assert " " not in sample
+    assert "\nbert\ncarl\nanna" in sample
+
+
+def test_a_terminal_that_lacks_characters(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An untrained model of bytes writes bytes that are no text."""
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", written)
+    assert main(flags(tmp_path / "run", text, steps=1, vocabulary="byte", sample=40)) == 0
+    written.seek(0)
+    assert "run folder" in written.read()
+    assert not json.loads((tmp_path / "run" / "result.json").read_text())["sample"].isascii()
 
 
 def test_a_loss_that_is_not_finite(

@@ -39,6 +39,8 @@ def check_input(where: str, u: Tensor, width: int, like: Tensor, *, rank: int, s
 
 def check_state(where: str, state: Tensor, batch: torch.Size, shape: torch.Size, u: Tensor) -> None:
     """Raise unless the state is (*batch, *shape), on the device of u."""
+    if not isinstance(state, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"{where}: state is a {type(state).__name__}, expected a Tensor")
     if state.shape != batch + shape:
         raise ValueError(
             f"{where}: state {tuple(state.shape)}, expected {tuple(batch + shape)} for this input"

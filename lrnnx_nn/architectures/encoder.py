@@ -183,7 +183,7 @@ class StagedNetwork(nn.Module):
                 raise ValueError(
                     f"{where}: u {tuple(u.shape)} {u.dtype}, expected tokens (..., L), integers"
                 )
-            u = u.unsqueeze(-1)
+            u = u.to(torch.int64).unsqueeze(-1)  # an index; bytes come as uint8
         elif u.ndim < 2 or u.shape[-1] != len(self.input_mean):
             raise ValueError(
                 f"{where}: u {tuple(u.shape)}, expected (..., L, {len(self.input_mean)})"
@@ -236,7 +236,8 @@ def copy_statistics(where: str, model: nn.Module, values: dict[str, Tensor]) -> 
     """Copy means and deviations into buffers of a model, all or none.
 
     Raises:
-        ValueError: another shape than the buffer's, or a deviation that is not above zero.
+        ValueError: another shape than the buffer's, a number that is not finite, or a deviation
+            that is not above zero.
     """
     for key, value in values.items():
         name, width = key.removeprefix("input_"), len(model.get_buffer(key))
@@ -247,6 +248,8 @@ def copy_statistics(where: str, model: nn.Module, values: dict[str, Tensor]) -> 
                 f"{where}: {name} = {value.tolist()}, expected numbers above 0 (one, for a channel "
                 "that is constant)"
             )
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{where}: {name} = {value.tolist()}, expected finite numbers")
     for key, value in values.items():
         model.get_buffer(key).copy_(value)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -79,13 +80,19 @@ class LRNNLMConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.mixer_types, str):
+        if isinstance(self.mixer_types, str) or not isinstance(self.mixer_types, Sequence):
             _refuse("mixer_types", self.mixer_types, "a list of names")
+        if not isinstance(self.mixer_kwargs or {}, Mapping):
+            _refuse("mixer_kwargs", self.mixer_kwargs, "a dict of options by type")
         types = tuple(mixer_name(name) for name in self.mixer_types)
         object.__setattr__(self, "mixer_types", types)
         object.__setattr__(self, "mixer_kwargs", _by_type(self.mixer_kwargs or {}, types))
-        object.__setattr__(self, "d_intermediate", self.d_intermediate or None)
+        if self.d_intermediate == 0:
+            object.__setattr__(self, "d_intermediate", None)
         self._check_numbers()
+        for name in ("mlp_bias", "tie_embeddings", "residual_in_fp32", "gradient_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                _refuse(name, getattr(self, name), "True or False")
         self._check_choices()
         if not 1 <= len(types) <= self.n_layer:
             _refuse("mixer_types", self.mixer_types, f"between 1 and n_layer = {self.n_layer}")
@@ -143,11 +150,13 @@ class LRNNLMConfig:
             value = getattr(self, name)
             if value is not None and not _integer(value):
                 _refuse(name, value, "an integer >= 1 or None")
-        if not 0.0 <= self.dropout < 1.0:
+        if not _number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             _refuse("dropout", self.dropout, "0 <= dropout < 1")
+        if not _number(self.embedding_scale):
+            _refuse("embedding_scale", self.embedding_scale, "a finite number")
         for name in ("norm_eps", "logit_soft_cap"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (_number(value) and value > 0):
                 _refuse(name, value, "a number > 0 or None")
 
     def _check_choices(self) -> None:
@@ -179,7 +188,7 @@ def _by_type(
             _refuse("mixer_kwargs", given, "every type once")
         if not isinstance(options, Mapping):
             _refuse(f"mixer_kwargs[{given!r}]", options, "a dict of options")
-        for key in ("generator", "device", "dtype"):
+        for key in ("d_model", "generator", "device", "dtype"):
             if key in options:
                 _refuse(f"mixer_kwargs[{given!r}]", key, "options of the mixer alone")
         if options.get("bidirectional"):
@@ -195,6 +204,11 @@ def _frozen(value: Any) -> Any:
 
 def _integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _number(value: Any) -> bool:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and math.isfinite(value)
 
 
 def _refuse(name: str, value: Any, expected: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lrnnx_core.models._common import check_choice, check_sizes
 from lrnnx_nn.architectures._rate_blocks import StageBlock, StageBlocks
 from lrnnx_nn.architectures._ways import Contraction, Expansion
+from lrnnx_nn.architectures.stages import check_flags
 from lrnnx_nn.gated import ACTIVATIONS
 from lrnnx_nn.mixers import make_mixer, mixer_name
 from lrnnx_nn.norms import NORMS
@@ -91,7 +92,9 @@ class MultirateConfig:
             check_sizes(where, d_stem=self.d_stem)
         check_choice(where, "norm", self.norm, NORMS)
         check_choice(where, "activation", self.activation, ACTIVATIONS)
-        if not isinstance(self.preconv, int) or self.preconv < 0:
+        check_flags(where, residual=self.residual, causal=self.causal)
+        whole = isinstance(self.preconv, int) and not isinstance(self.preconv, bool)
+        if not whole or self.preconv < 0:
             raise ValueError(f"{where}: preconv = {self.preconv!r}, expected an integer >= 0")
         if self.preconv and not self.causal and self.preconv % 2 == 0:
             raise ValueError(

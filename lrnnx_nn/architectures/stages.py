@@ -75,6 +75,7 @@ class StageConfig:
         for name in ("d_model", "d_state", "n_layer"):
             if getattr(self, name) is not None:
                 check_size(where, name, getattr(self, name))
+        check_flags(where, event=self.event)
         if isinstance(self.layers, (str, Mapping)):
             object.__setattr__(self, "layers", _choice(where, self.layers))
         elif self.layers is not None:
@@ -126,6 +127,12 @@ class EncoderOptions:
         where = type(self).__name__
         object.__setattr__(self, "layer", mixer_name(self.layer))
         object.__setattr__(self, "layer_options", dict(self.layer_options))
+        if "layer" in self.layer_options:
+            other = self.layer_options["layer"]
+            raise ValueError(
+                f"{where}: layer_options with 'layer' = {other!r} beside layer = {self.layer!r}, "
+                "expected options of that layer"
+            )
         if self.stages is not None:
             stages = [s if isinstance(s, StageConfig) else StageConfig.from_dict(s)
                       for s in self.stages]  # fmt: skip
@@ -136,8 +143,11 @@ class EncoderOptions:
             check_size(where, name, getattr(self, name))
         for name, allowed in {"norm": NORMS, "activation": ACTIVATIONS}.items():
             check_choice(where, name, getattr(self, name), allowed)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"{where}: dropout = {self.dropout}, expected 0 <= dropout < 1")
+        check_flags(
+            where, tie_dropout=self.tie_dropout, prenorm=self.prenorm, final_norm=self.final_norm
+        )
+        if isinstance(self.dropout, bool | str) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"{where}: dropout = {self.dropout!r}, expected 0 <= dropout < 1")
         if self.n_tokens is not None:
             check_size(where, "n_tokens", self.n_tokens)
             if (d_input := getattr(self, "d_input", 1)) != 1:
@@ -200,6 +210,13 @@ def check_size(where: str, name: str, value: Any) -> None:
     """Raise a ValueError unless ``value`` is an integer >= 1."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{where}: {name} = {value!r}, expected an integer >= 1")
+
+
+def check_flags(where: str, **flags: Any) -> None:
+    """Raise a ValueError unless every value is True or False: a text such as 'false' is true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{where}: {name} = {value!r}, expected True or False")
 
 
 def check_choice(where: str, name: str, value: Any, allowed: Sequence[str]) -> None:

@@ -37,9 +37,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if argv is None else list(argv)
     traceback = "--traceback" in words
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="replace")  # what the terminal's encoding lacks becomes ?
     try:
-        arguments = _parse(words)
-        return importlib.import_module(f"lrnnx_nn.cli.{arguments.module}").run(arguments)
+        try:
+            arguments = _parse(words)
+            return importlib.import_module(f"lrnnx_nn.cli.{arguments.module}").run(arguments)
+        finally:
+            flush = getattr(sys.stdout, "flush", None)  # there is none where it is closed
+            if flush is not None:
+                flush()  # a reader that has gone is noticed here, not at exit
     except BrokenPipeError:
         # The reader has gone (`lrnnx models | head`): no error of ours, and nothing more to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

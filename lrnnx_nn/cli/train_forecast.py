@@ -154,6 +154,10 @@ def _end(outcome: Any) -> int:
     if result["diverged"]:
         print("lrnnx: warning: the loss became infinite; try a smaller --lr", file=sys.stderr)
     if result["interrupted"]:
-        print("lrnnx: interrupted, the best network was kept and tested", file=sys.stderr)
+        print(
+            "lrnnx: interrupted, the best network was kept and tested; "
+            f"go on with lrnnx train --resume {outcome.folder}",
+            file=sys.stderr,
+        )
         return 130
     return 0

@@ -24,6 +24,10 @@ from lrnnx_nn.optional import require
 OnGap = Literal["error", "timesteps", "interpolate"]
 
 
+MOST_EMPTY, MOST_EMPTY_SHARE = 1_000_000, 100
+"""A series may span so many sampling periods, or so many for each of its rows."""
+
+
 class KnownSet(NamedTuple):
     """A data set of statsmodels: its column of time (None: the index), of values, and a season."""
 
@@ -268,6 +272,8 @@ def _build(
         raise ValueError(f"{table.name}: {int(present.sum())} complete rows, expected at least two")
     if on_gap == "error":
         _refuse_gaps(table, chosen, values, positions, regular, clock)
+    if regular or on_gap == "interpolate":
+        _refuse_leaps(table, positions, clock)
     names = tuple(table.name_of(i) for i in chosen)
     name = Path(table.name).stem
     if on_gap == "interpolate":
@@ -275,6 +281,18 @@ def _build(
     positions, clock = _rebased(positions[present], clock)
     observed = torch.ones(len(positions), dtype=torch.bool)
     return Series(name, names, values[present], positions, observed, clock, regular)
+
+
+def _refuse_leaps(table: Table, positions: Tensor, clock: Clock) -> None:
+    """Refuse a series that is nearly nothing but one gap: its grid would not fit into memory."""
+    if float(positions[-1]) <= max(MOST_EMPTY, MOST_EMPTY_SHARE * len(positions)):
+        return
+    row = int(positions.diff().argmax()) + 1
+    raise ValueError(
+        f"{table.name}, line {table.lines[row]}: "
+        f"{float(positions[row] - positions[row - 1]):g} sampling periods of {clock.period} since "
+        f"the row before, and {len(positions)} rows in all; expected a time stamp without an error"
+    )
 
 
 def _rebased(positions: Tensor, clock: Clock) -> tuple[Tensor, Clock]:
@@ -341,6 +359,13 @@ def _interpolated(
         known = ~column.isnan()
         columns.append(interpolate(column[known], positions[known], grid))
         # off the grid, a row counts as observed if a time stamp is nearest to it
-        observed &= (positions[known][:, None] - grid).abs().amin(0) < 0.5
+        observed &= _distance(positions[known], grid) < 0.5
     positions, clock = _rebased(grid, clock)
     return Series(name, names, torch.stack(columns, -1), positions, observed, clock, True)
+
+
+def _distance(times: Tensor, at: Tensor) -> Tensor:
+    """Return how far each of ``at`` (G,) is from the nearest of ``times`` (L,), increasing."""
+    right = torch.searchsorted(times, at).clamp(max=len(times) - 1)
+    left = (right - 1).clamp(min=0)
+    return torch.minimum((times[right] - at).abs(), (times[left] - at).abs())

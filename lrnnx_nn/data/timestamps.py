@@ -15,6 +15,12 @@ from torch import Tensor
 ON_GRID = 0.1
 """How far a difference may be from a whole number of sampling periods, in periods."""
 
+FIRST_YEAR, LAST_YEAR = 2, 9998
+"""Of dates: a day more or less still has a calendar there."""
+
+LARGEST = 1e300
+"""Of times as numbers, so that every difference is finite."""
+
 _MONTH = re.compile(r"\d{4}-\d{2}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -151,7 +157,7 @@ def _number(text: str) -> float | None:
         value = float(text)
     except ValueError:
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= LARGEST else None
 
 
 def _moment(name: str, text: str, line: int, time_format: str | None) -> datetime:
@@ -163,4 +169,8 @@ def _moment(name: str, text: str, line: int, time_format: str | None) -> datetim
     except ValueError as error:
         expected = "a number or an ISO 8601 date" if time_format is None else repr(time_format)
         raise ValueError(f"{name}, line {line}: time {text!r}, expected {expected}") from error
+    if not FIRST_YEAR <= moment.year <= LAST_YEAR:
+        raise ValueError(
+            f"{name}, line {line}: time {text!r}, expected a year from {FIRST_YEAR} to {LAST_YEAR}"
+        )
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment

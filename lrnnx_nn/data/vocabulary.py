@@ -290,6 +290,10 @@ def _from_dict(values: Mapping[str, Any], folder: Path) -> Vocabulary:
     if kind == "byte":
         return ByteVocabulary()
     if kind == "char":
+        if not isinstance(values["characters"], str) or not isinstance(values["unknown"], bool):
+            raise ValueError(
+                f"{folder / VOCABULARY}: characters and unknown, expected a string and a bool"
+            )
         return CharacterVocabulary(values["characters"], unknown=values["unknown"])
     if kind == "tokenizer":
         return TokenizerVocabulary(folder / TOKENIZER)

@@ -56,9 +56,15 @@ def prompt_of(
         raise ValueError(f"generate: prefill_chunk = {chunk!r}, expected an integer >= 1 or None")
     device = _device(model)
     ids, lengths = _batch(prompt_ids, lengths, device, state)
+    vocabulary = vocabulary_of(model)
     if isinstance(state, Context):
         ids, lengths = _fitted(ids, lengths, state)
-    prompt = Prompt(ids, lengths, state, chunk or max(ids.shape[-1], 1), vocabulary_of(model))
+        if vocabulary is not None and state.logits.shape[-1] != vocabulary:
+            raise ValueError(
+                f"generate: a context of {state.logits.shape[-1]} tokens, and the model has "
+                f"{vocabulary}; expected a result of the same model"
+            )
+    prompt = Prompt(ids, lengths, state, chunk or max(ids.shape[-1], 1), vocabulary)
     _check_empty(prompt)
     return prompt._replace(ids=_checked_ids(prompt))
 

@@ -168,6 +168,11 @@ def with_room(state: Any, larger: Any) -> Any:
         larger: a state of the same model and batch before any sample, of a larger capacity.
     """
     if isinstance(state, AttentionRing):
+        if not isinstance(larger, AttentionRing):
+            raise ValueError(
+                f"a state with an AttentionRing where the model has a {type(larger).__name__}, "
+                "expected a state of the same model"
+            )
         missing = larger.position.shape[-1] - state.position.shape[-1]
         if missing <= 0:
             return state

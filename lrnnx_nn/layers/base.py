@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -200,6 +201,7 @@ class Layer(nn.Module):
             ValueError: a bidirectional layer.
         """
         self._check_causal("step")
+        self._check_scale(dt_scale)
         self._watch_stability(u_t)
         options = self._known("step") | {"dt_scale": dt_scale}
         if integration_timestep is not None:
@@ -235,6 +237,7 @@ class Layer(nn.Module):
 
     def _scan(self, u: Tensor, state: Any, **sequence: Any) -> tuple[Tensor, Any]:
         self._check_values(u, sequence["integration_timesteps"], sequence["lengths"])
+        self._check_scale(sequence["dt_scale"])
         self._watch_stability(u)
         options = self._known("scan") | {"mode": self.mode} | sequence
         uniform = all(sequence[k] is None for k in ("integration_timesteps", "mask", "reset"))
@@ -302,6 +305,15 @@ class Layer(nn.Module):
             checks.integration_timesteps(timesteps)
         if lengths is not None and lengths.device.type == "cpu" and u.ndim >= 2:
             checks.lengths(lengths, u.shape[-2])
+
+    def _check_scale(self, dt_scale: float | Tensor) -> None:
+        """Raise unless this is one number: a tensor of more may fit some axis by chance."""
+        where = f"{type(self).__name__}: dt_scale"
+        if isinstance(dt_scale, Tensor):
+            if dt_scale.ndim:
+                raise ValueError(f"{where} {tuple(dt_scale.shape)}, expected a 0-d tensor")
+        elif not 0 <= dt_scale < math.inf:
+            raise ValueError(f"{where} = {dt_scale}, expected a finite number >= 0")
 
     def _watch_stability(self, u: Tensor) -> None:
         """Look at the eigenvalues at the first use in evaluation, eager and without gradients."""

@@ -47,6 +47,7 @@ class ProjectedLayer(Layer):
 
     def _scan(self, u: Tensor, state: Any, **sequence: Any) -> tuple[Tensor, Any]:
         self._check_values(u, sequence["integration_timesteps"], sequence["lengths"])
+        self._check_scale(sequence["dt_scale"])
         self._check_width(u)
         options = self._known("scan") | {"dt_scale": sequence.pop("dt_scale")}
         seq = layout(type(self).__name__, u, **sequence)

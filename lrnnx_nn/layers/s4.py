@@ -72,6 +72,7 @@ class S4(Layer):
                 u_t, state, integration_timestep=integration_timestep, dt_scale=dt_scale
             )
         self._check_causal("step")
+        self._check_scale(dt_scale)
         self._watch_stability(u_t)
         options = self._known("step") | {"dt_scale": dt_scale, "l_kernel": None}
         if integration_timestep is not None:

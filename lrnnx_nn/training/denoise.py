@@ -14,10 +14,11 @@ from torch import Tensor
 
 from lrnnx_nn import baselines, viz
 from lrnnx_nn.architectures.unet import UNet, UNetConfig
-from lrnnx_nn.data.audio import read_folder, write_wav
+from lrnnx_nn.data.audio import RecordedNoise, read_folder, write_wav
 from lrnnx_nn.metrics import si_snr, snr
 from lrnnx_nn.recipes import FitConfig
 from lrnnx_nn.signal_recipes import DenoiseConfig, SoundSource
+from lrnnx_nn.training.checkpoint import digest
 from lrnnx_nn.training.denoise_task import GENERATED, DenoiseTask, Sounds, each, mean, read
 from lrnnx_nn.training.denoiser import Denoiser, Pair, denoise_all, fixed_pairs
 from lrnnx_nn.training.engine import Outcome
@@ -74,6 +75,7 @@ def train_run(
                 "files": [len(part) for part in sounds.split],
                 "silent": len(sounds.clean.silent),
                 "shared_noise": sounds.shared_noise,
+                "digest": _digest(sounds),
             },
             "denoise": {**dataclasses.asdict(config), "gain": task.gain},
             "model": model_config.to_dict(),
@@ -101,12 +103,20 @@ def resume_run(
     sounds = read(source, config)
     task, model = _prepare(sounds, config, model_config, fit, device)
     files = [len(part) for part in sounds.split]
-    if files != run.config["data"]["files"] or task.gain != gain:
+    asked = run.config["data"]
+    changed = task.gain != gain or _digest(sounds) != asked.get("digest")
+    if files != asked["files"] or changed:
         raise ValueError(
             f"{source.wav}: other sounds now ({files} files in three parts, the run began with "
-            f"{run.config['data']['files']}), or the same files with other content"
+            f"{asked['files']}), or the same files with other content"
         )
     return _train(run, sounds, task, model, fit, progress, device)
+
+
+def _digest(sounds: Sounds) -> str:
+    """Return a digest of every sound, in its part, and of recorded noise."""
+    recorded = [noise.items for noise in sounds.noise if isinstance(noise, RecordedNoise)]
+    return digest([[[x.name, x.samples] for x in part] for part in [*sounds.split, *recorded]])
 
 
 def evaluate_run(

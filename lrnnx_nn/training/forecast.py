@@ -17,6 +17,7 @@ from lrnnx_nn.architectures.regressor import Regressor, RegressorConfig
 from lrnnx_nn.data.series import STATSMODELS, Series, Split, load_series, split_in_time
 from lrnnx_nn.recipes import FitConfig
 from lrnnx_nn.signal_recipes import ForecastConfig, SeriesSource
+from lrnnx_nn.training.checkpoint import digest
 from lrnnx_nn.training.engine import Outcome
 from lrnnx_nn.training.folder import Progress, RunFolder, check_folder, read_config, versions
 from lrnnx_nn.training.forecast_scores import (
@@ -99,7 +100,12 @@ def train_run(
         folder,
         {
             "task": TASK,
-            "data": {**dataclasses.asdict(source), "rows": len(series), "gaps": series.gaps},
+            "data": {
+                **dataclasses.asdict(source),
+                "rows": len(series),
+                "gaps": series.gaps,
+                "digest": _digest(series),
+            },
             "forecast": dataclasses.asdict(config),
             "model": model_config.to_dict(),
             "training": dataclasses.asdict(fit),
@@ -127,8 +133,14 @@ def resume_run(
     rows = run.config["data"]["rows"]
     if len(series) != rows:
         raise ValueError(f"{source.source}: {len(series)} rows now, the run began with {rows}")
+    if _digest(series) != run.config["data"].get("digest"):
+        raise ValueError(f"{source.source}: the series has changed since the run began")
     task, model, split = _prepare(series, config, model_config, fit, device)
     return _train(run, series, split, task, model, config, fit, progress, device)
+
+
+def _digest(series: Series) -> str:
+    return digest([series.columns, series.values, series.positions, series.observed])
 
 
 def evaluate_run(

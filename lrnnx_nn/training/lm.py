@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +84,9 @@ def train_run(
     vocabulary = make_vocabulary(config.vocabulary, texts.train, unknown=config.unknown_characters)
     model, task = _prepare(config, fit, texts, vocabulary, device)
     for part, text in (("validation", texts.validation), ("test", texts.test)):
-        _encodable(vocabulary, part, text)
+        _encodable(vocabulary, f"{part} part", text)
+    if config.sample:
+        _encodable(vocabulary, "--prompt", _prompt(config, texts.test))
     files = [str(path) for path in text_files(config.text)]
     say(
         f"{', '.join(files[:3])}{', ...' if len(files) > 3 else ''}: {len(texts.train):,} "
@@ -144,7 +147,7 @@ def evaluate_run(
     asked = read_config(folder)
     try:
         config = LMConfig(**asked["text"], **asked["network"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{Path(folder) / CONFIG}: {error}, not the config of a run") from error
     vocabulary = load_vocabulary(folder)
     model = LRNNLMHeadModel.from_pretrained(folder, device=device, vocab_size=vocabulary.size)
@@ -249,13 +252,18 @@ def _baselines(texts: Texts, vocabulary: Vocabulary) -> dict[str, float]:
     return {name: value / len(texts.test.encode()) for name, value in total.items()}
 
 
+def _prompt(config: LMConfig, test: str) -> str:
+    """Return what the sample goes on from: the text's own blanks are sure to be in a vocabulary."""
+    words = re.match(rf"\s*(\S+(?:\s+\S+){{0,{PROMPT_WORDS - 1}}})", test)
+    return config.prompt or (test[:1] if words is None else words[1])
+
+
 def _sample(
     config: LMConfig, fit: FitConfig, model: LRNNLMHeadModel, vocabulary: Vocabulary, test: str
 ) -> str:
     if not config.sample:
         return ""
-    prompt = config.prompt or " ".join(test.split()[:PROMPT_WORDS]) or test[:1]
-    ids = vocabulary.encode(prompt)
+    ids = vocabulary.encode(_prompt(config, test))
     found = generate(
         model, ids, config.sample, temperature=config.temperature, seed=fit.seed,
         prefill_chunk=1024,
@@ -273,9 +281,11 @@ def _draw(run: RunFolder, outcome: Outcome, result: Mapping[str, Any]) -> None:
 
 def _encodable(vocabulary: Vocabulary, part: str, text: str) -> None:
     try:
-        vocabulary.encode(text)
+        ids = vocabulary.encode(text)
     except ValueError as error:
-        raise ValueError(f"{part} part: {error}") from error
+        raise ValueError(f"{part}: {error}") from error
+    if text and not len(ids):
+        raise ValueError(f"{part}: {text[:20]!r} has no token in the vocabulary")
 
 
 def _asked(
@@ -309,7 +319,7 @@ def _asked(
 
 def _same_texts(config: LMConfig, asked: Mapping[str, Any]) -> Texts:
     texts = config.read()
-    if _digest(texts) != asked["digest"]:
+    if _digest(texts) != asked.get("digest"):
         raise ValueError(f"{', '.join(config.text)}: the text has changed since the run began")
     return texts
 

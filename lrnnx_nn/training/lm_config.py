@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lrnnx_nn import recipes
@@ -71,6 +72,16 @@ class LMConfig:
     temperature: float = recipes.LM["temperature"]
 
     def __post_init__(self) -> None:
+        for name in ("text", "validation_text", "test_text"):
+            value = getattr(self, name)
+            files = [value] if isinstance(value, str | Path) else value
+            given = isinstance(files, list | tuple) and all(
+                isinstance(f, str | Path) for f in files
+            )
+            if not given and (value is not None or name == "text"):
+                raise ValueError(f"{name} = {value!r}, expected names of files")
+        if not isinstance(self.mixer_kwargs, Mapping):
+            raise ValueError(f"mixer_kwargs = {self.mixer_kwargs!r}, expected a mapping")
         if self.windows not in WINDOWS:
             raise ValueError(f"windows = {self.windows!r}, expected one of {', '.join(WINDOWS)}")
         if self.context < 1:

@@ -212,6 +212,11 @@ def evaluate_run(
         raise ValueError(
             f"{folder / CONFIG}: {error} is missing, not the config of a run"
         ) from error
+    if not isinstance(run_source, str) or not isinstance(seed, int):
+        raise ValueError(
+            f"{folder / CONFIG}: source = {run_source!r} and seed = {seed!r}, "
+            "expected text and an integer"
+        )
     model = Classifier.load(folder).to(device)
     dataset = load_dataset(run_source if source is None else source, seed=seed)
     if list(dataset.classes) != classes or dataset.channels != model.config.d_input:
