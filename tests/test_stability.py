@@ -15,6 +15,7 @@ from model_cases import (
     continuous,
     error,
     first_case,
+    first_case_one_a_kind_quick,
     loop,
     normal,
     remembered,
@@ -287,8 +288,8 @@ def test_a_loop_of_float32_steps_stays_with_float64(case: Case) -> None:
     assert drift(y, y64) < 1e-4
 
 
-@pytest.mark.slow
-@first_case
+@pytest.mark.slow  # and one model a kind in CI: ten minutes of Python loops for all
+@first_case_one_a_kind_quick
 def test_a_loop_of_a_hundred_thousand_float32_steps_stays_with_float64(case: Case) -> None:
     u = normal(LONG, 3, dtype=torch.float32)
     params, want, _ = reference_state(case, u)
