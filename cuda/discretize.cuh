@@ -9,7 +9,8 @@
 //
 // dd is the step of the decay, di that of the input; SPLIT says that they may differ. The gain of MAMBA
 // and DIRAC is the same for all states of a channel, so it is no part of `Factors`: callers put it into
-// the input. Slopes are what the backward pass needs.
+// the input. Slopes are what the backward pass needs. With EXACT_ANGLES the angle of exp(dd A) keeps
+// what its two roundings lose, which counts where the angle is large.
 //
 // Source: the formulas in `lrnnx_core.discretize`; Gu & Dao 2023 (Mamba), arXiv:2312.00752, section 2.
 #pragma once
@@ -19,6 +20,7 @@
 #define DIRAC 1
 #define ZOH 2
 #define BILINEAR 3
+#define NONE 4  // A is discrete already: no Pole's business
 
 constexpr bool GAIN = SCHEME == ZOH || SCHEME == BILINEAR;  // a gain of each state's own
 
@@ -146,10 +148,16 @@ struct Pole<Complex<R>> {
     using State = Complex<R>;
     State a, inv;
     R turns;  // Im A / (2 pi): half of the angle in units of pi
+#ifdef EXACT_ANGLES
+    R turns_rest;
+#endif
 
     __device__ __forceinline__ explicit Pole(State A = Constant<State>::zero()) {
         a = A;
         turns = R(double(A.im) * 0.15915494309189533577);
+#ifdef EXACT_ANGLES
+        turns_rest = R(__fma_rn(double(A.im), 0.15915494309189533577, -double(turns)));
+#endif
         const bool zero = A.re == 0 && A.im == 0;
         inv = zero ? A : inverse(A);
     }
@@ -160,10 +168,22 @@ struct Pole<Complex<R>> {
         return fma(x.re, a.re, fma(x.im, a.im, sum));
     }
 
+    // Of dt Im A / `parts`, parts 1 or 2.
+    __device__ __forceinline__ void sine_cosine(R dt, int parts, R& s, R& c) const {
+        const R factor = R(3 - parts), angle = mul(dt, factor * turns);
+        sine_cosine_of_turns(angle, s, c);
+#ifdef EXACT_ANGLES
+        const R lost = fma(dt, factor * turns_rest, fma(dt, factor * turns, -angle));
+        const R turn = mul(lost, R(3.14159265358979323846)), sine = s;
+        s = fma(turn, c, s);
+        c = fma(-turn, sine, c);
+#endif
+    }
+
     // exp(dt A)
     __device__ __forceinline__ State exponential_of(R dt) const {
         R s, c;
-        sine_cosine_of_turns(mul(dt, R(2) * turns), s, c);
+        sine_cosine(dt, 1, s, c);
         const R e = exponential(mul(dt, a.re));
         return {mul(e, c), mul(e, s)};
     }
@@ -176,7 +196,7 @@ struct Pole<Complex<R>> {
         } else if constexpr (SCHEME == ZOH) {
             // e^y - 1 from half of the angle: nothing cancels
             R s, c;
-            sine_cosine_of_turns(mul(di, turns), s, c);
+            sine_cosine(di, 2, s, c);
             const R e = exponential_minus_one(mul(di, a.re)), bend = mul(R(2) * s, s);
             const R sine = mul(R(2) * s, c);
             const State less = {fma(e, add(R(1), -bend), -bend), fma(e, sine, sine)};

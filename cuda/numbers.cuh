@@ -115,6 +115,44 @@ struct Product<double> : RealProduct<double> {
     static __device__ __forceinline__ Product one() { return {{1, 0}}; }
 };
 
+#ifdef COMPENSATED  // complex products carry theirs too
+template <class R>
+struct Product<Complex<R>> {
+    using S = Complex<R>;
+    S hi, lo;
+
+    static __device__ __forceinline__ Product one() {
+        return {Constant<S>::one(), Constant<S>::zero()};
+    }
+    __device__ __forceinline__ void times(S c) { times(Product{c, Constant<S>::zero()}); }
+    __device__ __forceinline__ void times(Product c) {
+        S next, error;
+        sum_of_products(hi.re, c.hi.re, -hi.im, c.hi.im, next.re, error.re);
+        sum_of_products(hi.re, c.hi.im, hi.im, c.hi.re, next.im, error.im);
+        lo = fma(c.hi, lo, fma(c.lo, hi, error));
+        hi = next;
+    }
+    __device__ __forceinline__ S value() const {
+        const S sum = add(hi, lo);
+        return {sum.re == sum.re ? sum.re : hi.re, sum.im == sum.im ? sum.im : hi.im};
+    }
+    __device__ __forceinline__ S map(S x, S y) const {
+        const S rough = fma(hi, x, y), fine = fma(lo, x, rough);
+        return {fine.re == fine.re ? fine.re : rough.re, fine.im == fine.im ? fine.im : rough.im};
+    }
+
+   private:
+    // a b + c d = sum + error
+    static __device__ __forceinline__ void sum_of_products(R a, R b, R c, R d, R& sum, R& error) {
+        const R p = mul(a, b), q = mul(c, d);
+        sum = add(p, q);
+        const R back = add(sum, -p);
+        const R rest = add(add(p, -add(sum, -back)), add(q, -back));
+        error = add(add(fma(a, b, -p), fma(c, d, -q)), rest);
+    }
+};
+#endif
+
 // ------------------------------------------------------------------------------ storage and state
 
 // State is what sums and recurrences run in: the dtype itself, but at least float32.

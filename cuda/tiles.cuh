@@ -15,14 +15,18 @@
 // is cut. No float atomics; a row's result depends on its own numbers.
 //
 // Definitions: DTYPE, PACK, WARPS (of a block, at most), STEPS, WINDOW (predecessors looked at
-// together), AT_ONCE (of these, by one warp).
+// together), AT_ONCE (of these, by one warp); STATE_TYPE where the state is not DTYPE widened.
 #pragma once
 
 #include "memory.cuh"
 #include "numbers.cuh"
 
 using T = DTYPE;
+#ifdef STATE_TYPE
+using State = STATE_TYPE;
+#else
 using State = typename StateOf<T>::type;
+#endif
 using Number = Constant<State>;
 using Items = Pack<T, PACK>;
 
@@ -31,10 +35,12 @@ constexpr int ROWS = 32 * PACK;
 static_assert(STEPS <= 32, "resets are bits of one word");
 static_assert(WARPS <= WINDOW && WINDOW <= 32, "sums of a tile use the window, a lane looks at one tile");
 
-struct Strided {
-    const T* data;
+template <class X>
+struct StridedOf {
+    const X* data;
     long long outer, inner, time, row;
 };
+using Strided = StridedOf<T>;
 
 struct Bits {
     const unsigned char* data;  // bool; null if there is no reset
@@ -81,7 +87,8 @@ __device__ __forceinline__ Row locate(long long row, const Size& size) {
     return at;
 }
 
-__device__ __forceinline__ const T* start_of(const Strided& x, const Row& at) {
+template <class X>
+__device__ __forceinline__ const X* start_of(const StridedOf<X>& x, const Row& at) {
     return x.data + at.outer * x.outer + at.inner * x.inner + at.channel * x.row;
 }
 
@@ -141,17 +148,18 @@ __device__ __forceinline__ Part part_of(const Tile& tile, const Size& size) {
 extern __shared__ uint4 arena[];
 
 // Copy steps [first, first + steps) of ROWS rows to `to` (steps, ROWS), as far as they exist.
-__device__ __forceinline__ void fetch(T* to, const Strided& x, bool wide, int steps,
+template <class X>
+__device__ __forceinline__ void fetch(X* to, const StridedOf<X>& x, bool wide, int steps,
                                       long long group, long long first, long long length,
                                       const Size& size) {
     if (length - first < steps) steps = int(length - first);
-    constexpr int CHUNK = 16 / sizeof(T);  // numbers
+    constexpr int CHUNK = 16 / sizeof(X);  // numbers
     if (wide) {
         constexpr int COLUMNS = ROWS / CHUNK;
         const int column = threadIdx.x % COLUMNS;
         const long long row = group + column * CHUNK;
         if (row < size.rows) {
-            const T* from = start_of(x, locate(row, size));
+            const X* from = start_of(x, locate(row, size));
             const int stride = blockDim.x / COLUMNS;
 #pragma unroll 4
             for (int j = threadIdx.x / COLUMNS; j < steps; j += stride)
@@ -161,10 +169,10 @@ __device__ __forceinline__ void fetch(T* to, const Strided& x, bool wide, int st
         const int column = (threadIdx.x & 31) * PACK;
         const long long row = group + column;
         if (row < size.rows) {
-            const T* from = start_of(x, locate(row, size));
+            const X* from = start_of(x, locate(row, size));
 #pragma unroll 4
             for (int j = threadIdx.x >> 5; j < steps; j += blockDim.x >> 5)
-                copy_async<PACK * sizeof(T)>(to + j * ROWS + column, from + (first + j) * x.time);
+                copy_async<PACK * sizeof(X)>(to + j * ROWS + column, from + (first + j) * x.time);
         }
     }
 }

@@ -451,6 +451,8 @@ def get(name: str) -> Model:
     Raises:
         ValueError: no such model; the message lists what there is.
     """
+    if name in MODELS:
+        return MODELS[name]
     wanted = _plain(name)
     for model in MODELS.values():
         if wanted in map(_plain, (model.name, *model.aliases)):

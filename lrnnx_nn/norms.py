@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lrnnx_core.ops.steps import rms_norm
+
 NORMS = ("layer", "rms", "batch", "none")
 
 
@@ -111,6 +113,11 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (..., H) normalised."""
+        if len(self.normalized_shape) == 1 and self.normalized_shape[0] == x.shape[-1]:
+            eps = self.eps
+            if eps is None:
+                eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+            return rms_norm(x, self.weight, eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         weight = None if self.weight is None else self.weight.to(wide.dtype)
         return F.rms_norm(wide, self.normalized_shape, weight, self.eps).to(x.dtype)

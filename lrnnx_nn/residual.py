@@ -194,14 +194,28 @@ class ResidualBlock(nn.Module):
 
     def _inner_dtype(self, x: Tensor) -> torch.dtype:
         """Return the narrowest floating dtype of at least 16 bits among the parameters."""
-        found = {p.dtype for p in self.parameters() if p.is_floating_point()}
-        found = {dtype for dtype in found if dtype.itemsize >= 2}
+        found: set[torch.dtype] = set()
+        _collect_dtypes(self, found)
+        if len(found) == 1:
+            dtype = next(iter(found))
+            return dtype if dtype.is_floating_point and dtype.itemsize >= 2 else x.dtype
+        found = {dtype for dtype in found if dtype.is_floating_point and dtype.itemsize >= 2}
         return min(found, key=lambda dtype: dtype.itemsize, default=x.dtype)
 
     def _check(self, u: Tensor, rank: int) -> None:
         if u.ndim < rank or u.shape[-1] != self.d_model:
             shape = "(..., L, " if rank == 2 else "(..., "
             raise ValueError(f"ResidualBlock: u {tuple(u.shape)}, expected {shape}{self.d_model})")
+
+
+def _collect_dtypes(module: nn.Module, found: set[torch.dtype]) -> None:
+    """Add the dtypes of all parameters; ``module.parameters()`` takes longer than a small step."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            found.add(parameter.dtype)
+    for child in module._modules.values():
+        if child is not None:
+            _collect_dtypes(child, found)
 
 
 def takes_capacity(mixer: Any) -> bool:

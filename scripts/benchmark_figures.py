@@ -35,12 +35,16 @@ FAMILIES = {
     "selective_scan": Family("Selective scan"),
     "conv1d": Family("Short convolution with SiLU"),
     "rg_lru": Family("RG-LRU"),
+    "s5": Family("S5 layer"),
+    "s4d": Family("S4D layer"),
     "decode": Family("Decoding", "one step"),
 }
 COLOURS = {
     "lrnnx-core": viz.BLUE,
     "leaves": viz.PURPLE,
     "leaf": viz.PURPLE,
+    "mode scan": viz.GREEN,
+    "mode conv": viz.ORANGE,
     "recurrence": viz.GREEN,
     "linear_scan": viz.GREEN,
     "torch.compile": viz.ORANGE,
@@ -48,6 +52,9 @@ COLOURS = {
     "accelerated-scan (B,D,L)": viz.RED,
     "FLA chunk_hgrn": viz.PURPLE,
     "jax associative_scan": viz.BLACK,
+    "TF32": viz.GREEN,
+    "JAX": viz.RED,
+    "JAX, TF32": viz.ORANGE,
 }
 
 

@@ -144,6 +144,7 @@ WORDS = {
     "TIMED": ("false", "timed"),
     "STATE_ONLY": ("false", "state_only"),
     "DECAY": ("0", "decay {}"),
+    "ADJOINT": ("false", "adjoint"),
     "SPLIT": ("false", "split"),
     "LOOP": ("false", "loop"),
     "PACK": ("1", "x{}"),

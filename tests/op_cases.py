@@ -234,6 +234,73 @@ def rg_lru_case(name: str, *optional: str, primary: bool = False, **choices: Any
     return Case(name, function, inputs, primary)
 
 
+def diagonal_case(name: str, *optional: str, primary: bool = False, **choices: Any) -> Case:
+    shapes = {"x": (L, 2 * S), "A": (S,)}
+    extra = {
+        "steps": (S,), "dt": (L, S), "h0": (S,), "integration_timesteps": (L,), "reset": (L,),
+        "mask": (L,),
+    }  # fmt: skip
+    shapes |= {n: extra[n] for n in optional}
+
+    def inputs() -> tuple[Tensor, ...]:
+        tensors = {
+            n: draw(*shape, seed=i, complex_=n in ("A", "h0"))
+            for i, (n, shape) in enumerate(shapes.items())
+        }
+        a = tensors["A"]
+        tensors["A"] = torch.complex(-0.3 - 0.3 * a.real.abs(), a.imag)
+        if "reset" in tensors:
+            tensors["reset"] = torch.tensor([False, False, True, False, True][:L])
+        if "mask" in tensors:
+            tensors["mask"] = torch.tensor([True, False, True, True, False][:L])
+        return tuple(tensors.values())
+
+    def function(*tensors: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
+        named = dict(zip(shapes, tensors, strict=True))
+        # positive, whatever comes in
+        for n in named.keys() & {"steps", "dt", "integration_timesteps"}:
+            named[n] = torch.nn.functional.softplus(named[n])
+        if "steps" in named:
+            named["dt"] = named.pop("steps")
+        return ops.diagonal_scan(**named, **choices, backend=backend)
+
+    return Case(name, function, inputs, primary)
+
+
+def s4d_case(
+    name: str,
+    batch: tuple[int, ...] = (),
+    *,
+    complex_: str = "av",
+    lengths: tuple[int, ...] | None = None,
+    reset: bool = False,
+    direct: bool = False,
+    primary: bool = False,
+) -> Case:
+    """Return a case of `s4d_scan`, 2 channels of 2 states; ``lengths`` are cut to L."""
+
+    def inputs() -> tuple[Tensor, ...]:
+        tensors = [
+            draw(*batch, L, S, seed=1),
+            draw(S, 2, seed=2, complex_="a" in complex_, scale=0.6),
+            draw(S, 2, seed=3, complex_="v" in complex_),
+        ]
+        if direct:
+            tensors.append(draw(S, seed=4))
+        if reset:
+            tensors.append(torch.tensor([False, False, True, False, True][:L]))
+        return tuple(tensors)
+
+    def function(
+        u: Tensor, a: Tensor, v: Tensor, *rest: Tensor, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        given = None if lengths is None else torch.tensor(lengths, device=u.device)
+        D, flags = rest[0] if direct else None, rest[-1] if reset else None
+        return ops.s4d_scan(u, a, v, D, lengths=given, reset=flags, backend=backend)
+
+    return Case(name, function, inputs, primary)
+
+
 def loop_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -345,6 +412,31 @@ CASES: dict[str, list[Case]] = {
         rg_lru_case(
             "state only timed", "h0", "integration_timesteps", "mask", timestep_mode="state_only"
         ),
+    ],
+    "diagonal_scan": [
+        diagonal_case("steady", "h0", primary=True),
+        diagonal_case("steady reset", "h0", "reset", "mask"),
+        diagonal_case("timed zoh", "steps", "integration_timesteps", discretization="zoh"),
+        diagonal_case(
+            "timed bilinear state only",
+            "steps",
+            "h0",
+            "integration_timesteps",
+            "mask",
+            discretization="bilinear",
+            timestep_mode="state_only",
+        ),
+        diagonal_case("dirac without steps", "integration_timesteps", discretization="dirac"),
+        diagonal_case(
+            "varying step", "dt", "integration_timesteps", "reset", discretization="mamba"
+        ),
+    ],
+    "s4d_scan": [
+        s4d_case("plain", primary=True),
+        s4d_case("real reset, direct", complex_="", reset=True, direct=True),
+        s4d_case("lengths", (2,), lengths=(3, 0)),
+        s4d_case("reset, lengths, direct", (2,), lengths=(4, 2), reset=True, direct=True),
+        s4d_case("complex a, real v", complex_="a"),
     ],
     "causal_convolution": [
         convolution_case("real", primary=True),

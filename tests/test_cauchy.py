@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from backends_both import both_backends  # noqa: F401
 from op_cases import draw
 from torch import Tensor
 
 from lrnnx_core.backends import blocked_sums
 from lrnnx_core.ops import cauchy
+
+pytestmark = pytest.mark.usefixtures("both_backends")
 
 H, N = 3, 4
 LENGTHS = (1, 2, 3, 4, 15, 16, 17, 256, 1001)

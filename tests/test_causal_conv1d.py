@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from backends_both import both_backends  # noqa: F401
 from op_cases import draw
 from torch import Tensor
 from torch.nn.functional import conv1d, pad, silu
 
 from lrnnx_core.ops import causal_conv1d
+
+pytestmark = pytest.mark.usefixtures("both_backends")
 
 C = 3
 TAPS = pytest.mark.parametrize("taps", [1, 2, 4])

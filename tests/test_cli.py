@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lrnnx_core import registry
-from lrnnx_core.backends import cuda
+from lrnnx_core.backends import cpu, cuda
 from lrnnx_nn import Classifier, optional, recipes
 from lrnnx_nn.cli import doctor
 from lrnnx_nn.cli.main import TASKS, build_parser, main
@@ -385,7 +385,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     ):
         assert re.search(rf"^{what}\b", text, re.MULTILINE)
     assert torch.__version__ in text
-    assert re.search(r"^CUDA ops +causal_conv1d, linear_scan, rg_lru_scan", text, re.MULTILINE)
+    assert re.search(r"^CUDA ops +causal_conv1d, .*linear_scan, rg_lru_scan", text, re.MULTILINE)
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("numba", "rich") else "1")
     monkeypatch.setattr(doctor, "cuda_driver", lambda: (12, 4))
     monkeypatch.setitem(sys.modules, "cupy", None)
@@ -414,13 +414,26 @@ def test_help_shows_every_default(command: str, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("cpu", "expected cuda or cuda:N"), ("gpu", "no device 'gpu'"), ("cuda", "no CUDA device")],
+    [
+        ("meta", "expected cuda, cuda:N or cpu"),
+        ("gpu", "no device 'gpu'"),
+        ("cuda", "no CUDA device"),
+    ],
 )
 def test_warmup_names_what_is_wrong(
     device: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     fails(capsys, ["warmup", "--device", device], message)
+
+
+def test_warmup_without_numba_says_what_brings_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "installed", lambda: False)
+    fails(
+        capsys, ["warmup", "--device", "cpu"], r'numba is missing; pip install "lrnnx-core\[cpu\]"'
+    )
 
 
 def test_warmup_says_how_many_kernels_and_compiles_them(

@@ -160,11 +160,16 @@ def test_a_memory_cap_reaches_the_planner(name: str, monkeypatch: pytest.MonkeyP
             model.scan(full, u.float(), variant="full", max_bytes=1)
 
 
-def test_the_rule_of_auto() -> None:
+def test_the_rule_of_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen(connectivity: str, length: int, states: int, device: str = "cpu") -> bool:
         u = torch.empty(8, length, 64, device=device)
         return _auto.prefers_convolution(connectivity, u, states)
 
+    monkeypatch.setattr(_auto.cpu, "in_force", lambda: True)
+    assert not chosen("siso", 2**14, 256)
+    assert chosen("siso", 2**14, 257)
+    assert not chosen("mimo", 4096, 32)
+    monkeypatch.setattr(_auto.cpu, "in_force", lambda: False)
     assert not chosen("siso", 2**14, 1)
     assert not chosen("siso", 16, 64)
     assert not chosen("siso", 63, 8)
@@ -201,7 +206,7 @@ def test_auto_of_s4_convolves_where_a_truncated_readout_reaches() -> None:
     assert chosen_by(true, true.init(3, 8), normal(2, 100, 3).float()) == ["scan"]
 
 
-def test_auto_on_a_gpu_goes_by_all_states() -> None:
+def test_auto_on_a_gpu_goes_by_all_states(monkeypatch: pytest.MonkeyPatch) -> None:
     u = torch.empty(8, 4096, 64, device="meta")
     assert not _auto.prefers_convolution("mimo", u, 2**20)
 
@@ -212,8 +217,12 @@ def test_auto_on_a_gpu_goes_by_all_states() -> None:
         def numel() -> int:
             return u.numel()
 
+    monkeypatch.setattr(_auto, "CUDA_KERNELS", False)
     assert not _auto.prefers_convolution("siso", Cuda(), 64)
     assert _auto.prefers_convolution("siso", Cuda(), 65)
+    monkeypatch.setattr(_auto, "CUDA_KERNELS", True)
+    assert not _auto.prefers_convolution("siso", Cuda(), 256)
+    assert _auto.prefers_convolution("siso", Cuda(), 257)
 
 
 @first_variants

@@ -32,7 +32,7 @@ for _name in (
     "test_a_compiled_backend_is_used_wherever_the_operator_is",
     "test_the_reference_backend_reaches_no_compiled_one",
     "test_the_environment_switches_back_to_pytorch_and_on_again",
-    "test_dropping_the_handle_brings_the_default_back",
+    "test_dropping_the_handle_brings_back_what_was_there",
     "test_a_backend_gets_a_constant_coefficient_unexpanded",
     "test_implement_refuses_unknown_names_and_devices",
     "test_serial_and_two_level_forms_agree_at_every_length",

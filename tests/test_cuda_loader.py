@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import cuda, cuda_linear_scan, cuda_rg_lru
+from lrnnx_core.backends import cuda, cuda_diagonal, cuda_linear_scan, cuda_rg_lru
 
 H100 = cuda.Limits(132, 228 * 1024, 227 * 1024)
 
@@ -56,10 +56,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(Tensor, "get_device", lambda self: 0)
     monkeypatch.setattr(cuda.Kernel, "launch", launch)
-    for module in (cuda_linear_scan, cuda_rg_lru):
+    for module in (cuda_linear_scan, cuda_rg_lru, cuda_diagonal):
         module._shape.cache_clear()
     yield seen
-    for module in (cuda_linear_scan, cuda_rg_lru):
+    for module in (cuda_linear_scan, cuda_rg_lru, cuda_diagonal):
         module._shape.cache_clear()
 
 
@@ -152,6 +152,44 @@ def test_launches_of_the_rg_lru_fit_too(
         assert 1 <= blocks <= 132 * 16 or kernel.entry == "sum_partials"
         assert threads in range(32, 257, 32)
         assert shared <= kernel.shared <= H100.shared_per_block or kernel.entry == "sum_partials"
+
+
+@pytest.mark.parametrize("dtype", cuda_diagonal.PLANS, ids=str)
+def test_launches_of_the_diagonal_scan_fit_too(
+    dtype: torch.dtype, launches: list[tuple[Any, ...]]
+) -> None:
+    state = cuda_diagonal.PLANS[dtype].state
+    real = torch.promote_types(dtype, torch.float32)
+    for shape in ((1, 3), (300, 3), (2, 300, 64), (2, 3, 1, 5, 7), (1, 40_000, 32)):
+        *batch, length, size = shape
+        x, h0 = torch.zeros(*batch, length, 2 * size, dtype=dtype), torch.zeros(*batch, size)
+        A, h0 = torch.zeros(size, dtype=state), h0.to(state)
+        steps, dt = torch.zeros(size, dtype=real), torch.zeros(shape, dtype=real)
+        tau, flags = torch.zeros(*batch, length, dtype=real), torch.zeros(shape[:-1]) > 0
+        for rest, scheme in (
+            ((None,) * 6, "none"),
+            ((steps, None, h0, None, flags, flags), "bilinear"),
+            ((steps, None, h0, tau, None, flags), "dirac"),
+            ((None, dt, h0, tau, flags, None), "zoh"),
+        ):
+            before = len(launches)
+            cuda_diagonal.diagonal_scan(x, A, *rest, True, scheme)
+            assert len(launches) == before + 1
+            values = launches[-1][-1]
+            assert values[0] == x.data_ptr()
+            assert values[3:6] == [2 * size, 1, size]
+            cuda_diagonal.diagonal_scan_backward(x, x, h0, x, A, *rest, True, scheme)
+            values = launches[before + 1][-1]
+            step = (length - 1) * 2 * size * x.itemsize  # the last step is the first one run
+            assert values[:6] == [x.data_ptr() + step, *values[1:3], -2 * size, 1, size]
+            if rest[1] is not None:
+                assert values[26] == dt.data_ptr() + (length - 1) * size * dt.itemsize
+            assert launches[before + 2][0].entry == "diagonal_sums"
+            assert launches[before + 2][1] == size
+    for kernel, blocks, threads, shared, _ in launches:
+        assert 1 <= blocks <= 132 * 16
+        assert threads in range(32, 257, 32)
+        assert shared <= kernel.shared <= H100.shared_per_block
 
 
 def test_no_other_device_and_no_other_dtype(launches: list[tuple[Any, ...]]) -> None:

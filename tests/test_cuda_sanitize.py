@@ -15,6 +15,7 @@ from benchmarks.cuda import sanitize
 from lrnnx_core.backends import (
     cuda,
     cuda_conv1d,
+    cuda_diagonal,
     cuda_linear_scan,
     cuda_rg_lru,
     cuda_selective_step,
@@ -27,7 +28,7 @@ ENTRIES = {k.entry for kernels in cuda.KERNELS.values() for k in kernels(H100)}
 @pytest.fixture
 def cpu_for_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let CPU tensors pass for CUDA ones, up to the launch."""
-    modules = (cuda_linear_scan, cuda_rg_lru, cuda_conv1d, cuda_selective_step)
+    modules = (cuda_linear_scan, cuda_rg_lru, cuda_diagonal, cuda_conv1d, cuda_selective_step)
     monkeypatch.setattr(cuda, "ready", lambda: True)
     monkeypatch.setattr(cuda, "limits", lambda device: H100)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -50,7 +51,7 @@ def test_the_suite_launches_every_kernel_there_is(planted: bool) -> None:
         schemes = {o for k in found for o in k.options if o.startswith("-DSCHEME")}
         assert len(schemes) >= 3
         states = {o for k in found for o in k.options if o.startswith("-DSTATE=")}
-        assert states == {f"-DSTATE={n}" for n in ("float32", "float64", "complex64")}
+        assert states == {f"-DSTATE={n}" for n in ("float32", "float64", "complex64", "complex128")}
 
 
 def test_faults_are_planted_in_every_kernel_and_only_once() -> None:
@@ -64,8 +65,8 @@ def test_faults_are_planted_in_every_kernel_and_only_once() -> None:
                 assert re.search(rf"\b{kernel}\(const __grid_constant__", text)
         reported = [k for fault in faults for k in fault.kernels]
         assert len(set(reported)) == len(reported)
-        # a step and the forward convolution have no shared memory, so no hazard on it
-        alone = {"selective_step", "causal_conv1d"} if tool == "racecheck" else set()
+        # these have no shared memory, so no hazard on it
+        alone = {"selective_step", "causal_conv1d", "s4d_starts"} if tool == "racecheck" else set()
         assert set(reported) == ENTRIES - alone
     assert all(any(part in name for part in sanitize.FILTERS) for name in ENTRIES)
 

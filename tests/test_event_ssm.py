@@ -484,15 +484,15 @@ def test_gradients_do_not_see_what_stands_in_padding() -> None:
 
 def test_only_what_is_read_is_projected(monkeypatch: pytest.MonkeyPatch) -> None:
     p, u, seen = make(), normal(2, L, H), []
-    plain = _mimo.readout
+    plain = _mimo.read
 
     def watched(params: Any, key: str, h: Tensor, scale: float) -> Tensor:
         seen.append(tuple(h.shape))
         return plain(params, key, h, scale)
 
-    monkeypatch.setattr(_mimo, "readout", watched)
+    monkeypatch.setattr(_mimo, "read", watched)
     pooled(p, u)
-    assert seen == [(2, 3, P // 2)]
+    assert seen == [(2, 3, P)]  # [re | im] halves of P // 2 states
 
 
 def test_the_skip_pools_as_the_feedthrough_does() -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from backends_both import both_backends
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from op_cases import draw
 from torch import Tensor
@@ -19,6 +20,9 @@ from torch.func import grad, vmap
 from lrnnx_core.backends import blocked, library
 from lrnnx_core.ops import linear_scan
 
+both = pytest.mark.usefixtures(both_backends.__name__)
+# The fixture stands for all examples of a test: it chooses the backend.
+fixture_is_meant = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 DTYPES = (
     torch.float64,
     torch.float32,
@@ -103,6 +107,7 @@ def outputs_and_gradients(f: Any, inputs: list[Tensor | None], seed: int = 50) -
 # ---------------------------------------------------------------- right numbers
 
 
+@both
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("with_reset", [False, True], ids=["", "reset"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
@@ -133,6 +138,7 @@ def test_equals_the_loop_in_value_and_gradient(
             close(y, z, 1e-12)
 
 
+@both
 @pytest.mark.parametrize("length", [1, 2, 7, 17, 64])
 @pytest.mark.parametrize("with_reset", [False, True], ids=["", "reset"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
@@ -149,6 +155,7 @@ def test_equals_the_dense_operator(
             close(y, z, 1e-13)
 
 
+@both
 @pytest.mark.parametrize("b_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("a_dtype", DTYPES, ids=str)
 def test_every_pair_of_dtypes(a_dtype: torch.dtype, b_dtype: torch.dtype) -> None:
@@ -168,6 +175,7 @@ def test_every_pair_of_dtypes(a_dtype: torch.dtype, b_dtype: torch.dtype) -> Non
         close(last, dense(exact(a), exact(b), exact(h0))[1], TOLERANCE[state])
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.complex64])
 @pytest.mark.parametrize("length", [7, 257])
 def test_low_precision_gradients_are_near_those_of_float64(dtype: torch.dtype, length: int) -> None:
@@ -190,6 +198,7 @@ def test_low_precision_gradients_are_near_those_of_float64(dtype: torch.dtype, l
             close(y, z, tolerance)
 
 
+@both
 @pytest.mark.parametrize("h0_dtype", DTYPES, ids=str)
 def test_initial_state_of_any_dtype(h0_dtype: torch.dtype) -> None:
     a, b = decay(5, 2, dtype=torch.float32, seed=1), random(5, 2, dtype=torch.float32, seed=2)
@@ -208,6 +217,7 @@ SHAPES = {
 }
 
 
+@both
 @pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
 def test_every_argument_broadcasts(reverse: bool) -> None:
     for a_shape, b_shape, h0_shape, reset_shape in itertools.product(*SHAPES.values()):
@@ -231,6 +241,7 @@ def test_every_argument_broadcasts(reverse: bool) -> None:
             close(y, z, 1e-12)
 
 
+@both
 @pytest.mark.parametrize("shape", [(0, 7, 3), (2, 7, 0), (2, 0, 3), (0, 0, 0)], ids=str)
 def test_empty_axes(shape: tuple[int, ...]) -> None:
     inputs = [random(*shape), random(*shape), random(*shape[:-2], shape[-1])]
@@ -240,6 +251,7 @@ def test_empty_axes(shape: tuple[int, ...]) -> None:
     assert [g.shape for g in grads] == [x.shape for x in inputs]
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
 @pytest.mark.parametrize("steps", [0, 1])
 def test_length_zero_returns_the_initial_state_and_its_gradient(
@@ -256,6 +268,7 @@ def test_length_zero_returns_the_initial_state_and_its_gradient(
     assert not got_a.any()
 
 
+@both
 @pytest.mark.parametrize("length", [9, 80])
 @pytest.mark.parametrize("value", [0.0, -1.0, -0.5, complex(0, 0), 1j, -0.6 + 0.8j], ids=str)
 def test_zero_negative_and_complex_coefficients_are_exact(value: complex, length: int) -> None:
@@ -272,6 +285,7 @@ def test_zero_negative_and_complex_coefficients_are_exact(value: complex, length
             close(y, z, 1e-12)
 
 
+@both
 @pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
 @pytest.mark.parametrize("length", [7, 64])
 def test_a_reset_keeps_even_infinite_states_out(length: int, reverse: bool) -> None:
@@ -288,6 +302,7 @@ def test_a_reset_keeps_even_infinite_states_out(length: int, reverse: bool) -> N
     close(last, alone_last, 1e-13)
 
 
+@both
 def test_float32_is_as_exact_as_the_float32_loop() -> None:
     for constant, seed in itertools.product((False, True), range(3)):
         a64 = torch.sigmoid(3 + draw(4, 1 if constant else 4097, 8, seed=seed))
@@ -298,6 +313,7 @@ def test_float32_is_as_exact_as_the_float32_loop() -> None:
         assert ours <= 2 * loop
 
 
+@both
 def test_a_hundred_thousand_steps() -> None:
     a = torch.full((1, 4), 1 - 1e-4)
     b = draw(100_000, 4, seed=1).float()
@@ -312,6 +328,7 @@ def test_a_hundred_thousand_steps() -> None:
 # ---------------------------------------------------------------- one contract
 
 
+@both
 @pytest.mark.parametrize("reverse", [False, True], ids=["", "reverse"])
 @pytest.mark.parametrize("constant", [False, True], ids=["varying", "constant"])
 def test_any_split_continues_through_the_state(constant: bool, reverse: bool) -> None:
@@ -332,6 +349,8 @@ def test_any_split_continues_through_the_state(constant: bool, reverse: bool) ->
         close(state, last, 1e-13)
 
 
+@both
+@fixture_is_meant
 @given(
     length=st.integers(0, 70),
     cuts=st.lists(st.integers(0, 70), max_size=4),
@@ -361,6 +380,8 @@ def test_scans_compose_at_any_cuts(
     close(state, last, 1e-12)
 
 
+@both
+@fixture_is_meant
 @given(seed=st.integers(0, 10_000), length=st.integers(1, 40))
 def test_the_scan_is_linear_in_b_and_h0(seed: int, length: int) -> None:
     a = decay(length, 2, seed=seed)
@@ -371,6 +392,7 @@ def test_the_scan_is_linear_in_b_and_h0(seed: int, length: int) -> None:
         close(y, 2 * one - other, 1e-12)
 
 
+@both
 def test_reverse_is_a_flip_of_time() -> None:
     for length in (1, 9, 50):
         a, b, h0 = decay(length, 2, seed=1), random(length, 2, seed=2), random(2, seed=3)
@@ -386,8 +408,9 @@ def test_reverse_is_a_flip_of_time() -> None:
 
 @contextmanager
 def switched(channels: int, length: int) -> Iterator[None]:
-    """Move the switch between the serial and the two-level form."""
+    """Move the switch between the serial and the two-level form of the plain PyTorch operator."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LRNNX_CPU_BACKEND", "torch")
         patch.setattr(blocked, "SERIAL_CHANNELS", channels)
         patch.setattr(blocked, "SERIAL_LENGTH", length)
         yield
@@ -416,7 +439,10 @@ def test_serial_and_two_level_forms_agree_at_every_length(constant: bool, revers
 
 
 @pytest.mark.parametrize("channels", [blocked.SERIAL_CHANNELS - 1, blocked.SERIAL_CHANNELS])
-def test_both_sides_of_the_switch_by_channels(channels: int) -> None:
+def test_both_sides_of_the_switch_by_channels(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRNNX_CPU_BACKEND", "torch")
     a, b = decay(1, channels, seed=1), random(40, channels, seed=2)
     got = outputs_and_gradients(linear_scan, [a, b, None])
     expected = outputs_and_gradients(lambda *x: linear_scan(*x, backend="reference"), [a, b, None])
@@ -439,6 +465,7 @@ LAYOUTS = {
 }
 
 
+@both
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("length", [7, 40])
@@ -455,6 +482,7 @@ def test_any_memory_layout(layout: str, dtype: torch.dtype, length: int) -> None
             close(y, z, 1e-14)
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.bfloat16])
 @pytest.mark.parametrize("length", [7, 40])
 def test_stride_zero_and_strided_upstream_gradients(dtype: torch.dtype, length: int) -> None:
@@ -480,6 +508,7 @@ def test_stride_zero_and_strided_upstream_gradients(dtype: torch.dtype, length: 
         assert all(torch.equal(y, z) for y, z in zip(got, expected, strict=True))
 
 
+@both
 @pytest.mark.parametrize("used", ["h", "h_last"])
 @pytest.mark.parametrize("length", [1, 7, 40])
 def test_one_output_alone_has_gradients(used: str, length: int) -> None:
@@ -492,6 +521,7 @@ def test_one_output_alone_has_gradients(used: str, length: int) -> None:
         close(y, z, 1e-12)
 
 
+@both
 def test_only_the_wanted_gradients_are_returned() -> None:
     a, b, h0 = decay(7, 2, seed=1), random(7, 2, seed=2), random(2, seed=3)
     for wanted in itertools.product((False, True), repeat=3):
@@ -513,6 +543,7 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@both
 @pytest.mark.usefixtures("uninitialized_memory_is_nan")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.bfloat16])
 @pytest.mark.parametrize("length", [0, 1, 7, 16, 41, 64])
@@ -531,6 +562,7 @@ def test_no_uninitialized_memory_reaches_a_result(dtype: torch.dtype, length: in
             assert not any(y.isnan().any() for y in results)
 
 
+@both
 @pytest.mark.parametrize("length", [0, 1, 7, 40])
 @pytest.mark.parametrize("steps", ["varying", "constant"])
 def test_inputs_are_never_mutated_nor_returned(length: int, steps: str) -> None:
@@ -550,6 +582,7 @@ def test_inputs_are_never_mutated_nor_returned(length: int, steps: str) -> None:
 # ---------------------------------------------------------------- reproducibility
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
 @pytest.mark.parametrize("length", [7, 257])
 def test_bitwise_reproducible(dtype: torch.dtype, length: int) -> None:
@@ -562,6 +595,7 @@ def test_bitwise_reproducible(dtype: torch.dtype, length: int) -> None:
             assert all(torch.equal(y, z) for y, z in zip(first, again, strict=True))
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
 @pytest.mark.parametrize("length", [7, 257])
 @pytest.mark.parametrize("channels", [3, 16, 1500])
@@ -593,6 +627,7 @@ def outputs_with_fixed_weights(*inputs: Tensor) -> list[Tensor]:
 # ---------------------------------------------------------------- autocast, devices
 
 
+@both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
 def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
     inputs = [decay(2, 40, 3, dtype=dtype, seed=1), random(2, 40, 3, dtype=dtype, seed=2)]
@@ -670,7 +705,7 @@ class StandIn:
     def __init__(self) -> None:
         self.shapes: list[torch.Size] = []
         self.calls: list[str] = []
-        self.handles: list[torch.library.Library] = []
+        self.handles: list[library.Implementation] = []
 
     def forward(self, a: Tensor, *rest: Any) -> Any:
         assert type(a) is Tensor
@@ -741,7 +776,7 @@ def test_the_environment_switches_back_to_pytorch_and_on_again(
     assert stand_in.calls == ["forward"]
 
 
-def test_dropping_the_handle_brings_the_default_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropping_the_handle_brings_back_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LRNNX_CPU_BACKEND", raising=False)
     a, b = decay(7, 2, seed=1), random(7, 2, seed=2)
     for _ in range(2):
@@ -789,6 +824,7 @@ def saved_bytes(f: Any) -> int:
     return sum(storages.values())
 
 
+@both
 @pytest.mark.parametrize("steps", ["varying", "constant"])
 def test_autograd_keeps_the_coefficients_and_the_states_and_no_more(steps: str) -> None:
     length, channels = 1000, 4
@@ -798,6 +834,7 @@ def test_autograd_keeps_the_coefficients_and_the_states_and_no_more(steps: str) 
     assert saved_bytes(lambda: linear_scan(a, b)) <= 8 * channels * (length + rows) + 1024
 
 
+@both
 def test_allocations_are_linear_in_the_length() -> None:
     def allocated(length: int) -> int:
         a = decay(1, 4, seed=1).requires_grad_()

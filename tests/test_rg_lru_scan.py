@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from backends_both import both_backends  # noqa: F401
 from torch import Tensor
 
 from lrnnx_core.backends import blocked_rg_lru
 from lrnnx_core.ops import rg_lru_scan
+
+pytestmark = pytest.mark.usefixtures("both_backends")
 
 F32, F64 = torch.float32, torch.float64
 FLAGS = ("reset", "mask")

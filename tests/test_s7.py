@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transform_table as table
+from backends_both import both_backends  # noqa: F401
 from model_cases import assert_agree, gaps, normal
 from op_cases import as_real
 from torch import Tensor
@@ -553,6 +554,7 @@ def test_numbers_of_init_map_and_differentiate(variant: str, option: str, defaul
 
 @pytest.mark.parametrize("sizes", [(2, 3, 4), (4, 3, 2), (3, 4, 2), (1, 1, 1)], ids=str)
 @pytest.mark.parametrize("chunk_size", [1, 3, 100])
+@pytest.mark.usefixtures("both_backends")
 def test_trilinear_is_the_sum_it_says(sizes: tuple[int, int, int], chunk_size: int) -> None:
     i, j, k = sizes
     w, p, q = normal(i, j, k), normal(2, 5, j, seed=3), normal(5, k, seed=4)
@@ -571,6 +573,7 @@ def test_trilinear_is_the_sum_it_says(sizes: tuple[int, int, int], chunk_size: i
 
 
 @pytest.mark.parametrize("name", table.TRANSFORMS)
+@pytest.mark.usefixtures("both_backends")
 def test_trilinear_under_every_transform(name: str) -> None:
     x = (normal(2, 3, 2), normal(5, 3, seed=3), normal(5, 2, seed=4))
     transform = table.TRANSFORMS[name]
@@ -590,6 +593,7 @@ def test_trilinear_under_compiled_transforms(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", table.RIGHT_OR_RAISES)
+@pytest.mark.usefixtures("both_backends")
 def test_trilinear_is_right_or_raises(name: str) -> None:
     x = (normal(2, 3, 2), normal(5, 3, seed=3), normal(5, 2, seed=4))
     transform = table.RIGHT_OR_RAISES[name]

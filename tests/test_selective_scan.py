@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from backends_both import both_backends  # noqa: F401
 from op_cases import draw
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from lrnnx_core.ops import selective_scan
 
 # The function hides the module of its name in the package.
 module = importlib.import_module("lrnnx_core.ops.selective_scan")
+
+pytestmark = pytest.mark.usefixtures("both_backends")
 
 E, N = 4, 3
 LENGTHS = (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7)
@@ -137,11 +140,30 @@ OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 option = pytest.mark.parametrize("option", OPTIONS)
+# With B and C of few channels each the scheme runs in other compiled kernels, which take seconds to
+# compile: two choices of scheme and numbers run them in CI.
+GROUPED = ("groups", "a group a channel", "constant B", "constant B and C", "everything")
+BOTH = (("mamba", False), ("zoh", True))
 
 
-@SCHEME
-@COMPLEX
-@option
+def cases(*schemes: str) -> pytest.MarkDecorator:
+    """Parametrize over schemes, real and complex numbers, and options."""
+    return pytest.mark.parametrize(
+        ("scheme", "complex_", "option"),
+        [
+            pytest.param(
+                *(scheme, complex_, name),
+                id=f"{name}-{'complex' if complex_ else 'real'}-{scheme}",
+                marks=pytest.mark.exhaustive
+                if name in GROUPED and (scheme, complex_) not in BOTH
+                else (),
+            )
+            for scheme, complex_, name in itertools.product(schemes, (False, True), OPTIONS)
+        ],
+    )
+
+
+@cases(*FUSED)
 def test_values_and_gradients_equal_autograd_of_the_loop(
     scheme: str, complex_: bool, option: str
 ) -> None:
@@ -255,9 +277,7 @@ def dense(named: Named, scheme: str, softplus: bool = False, state_only: bool = 
     return y, last
 
 
-@pytest.mark.parametrize("scheme", ["mamba", "zoh", "dirac"])
-@COMPLEX
-@option
+@cases("mamba", "zoh", "dirac")
 def test_equals_the_dense_operator(scheme: str, complex_: bool, option: str) -> None:
     optional, shape, options = OPTIONS[option]
     state_only = options.get("timestep_mode") == "state_only"
@@ -482,7 +502,13 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["b
 ACTIVATIONS = ("u", "dt", "B", "C", "z")
 
 
-@SCHEME
+@pytest.mark.parametrize(
+    "scheme",
+    [  # a scheme's own arithmetic is tested in float64
+        pytest.param(s, marks=() if s in ("mamba", "zoh") else pytest.mark.exhaustive)
+        for s in FUSED
+    ],
+)
 @HALF
 def test_half_precision_activations_are_computed_in_float32(
     dtype: torch.dtype, scheme: str
@@ -528,7 +554,7 @@ def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
     optional, shape, options = OPTIONS["everything"]
     named = problem(CHUNK + 1, *optional, **shape)
     named = {k: v if v.dtype == torch.bool else v.to(dtype) for k, v in named.items()}
-    for scheme in ("mamba", "zoh", "euler"):
+    for scheme in ("mamba", "euler"):
         plain = results(named, discretization=scheme, **options)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             cast = results(named, discretization=scheme, **options)

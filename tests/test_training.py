@@ -396,3 +396,20 @@ def test_pictures_without_epochs_or_with_many_classes() -> None:
     names = [f"class number {i}" for i in range(40)]
     matrix = torch.eye(40, dtype=torch.int64).tolist()
     assert len(viz.plot_confusion_matrix(matrix, names).axes[0].texts) == 0  # numbers would not fit
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"), [("torch", "on cpu, plain PyTorch"), ("", "on cpu, compiled kernels")]
+)
+def test_a_run_says_what_it_ran_on(
+    backend: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lrnnx_core.backends import cpu
+    from lrnnx_nn.training import folder
+
+    monkeypatch.setenv("LRNNX_CPU_BACKEND", backend)
+    device = torch.device("cpu")
+    result = {"seconds": 1.25, "device": "cpu", "kernels": folder.kernels(device)}
+    if backend == "torch" or cpu.installed():
+        assert folder.elapsed(result) == f"1.2 s {said}"
+    assert folder.elapsed({"seconds": 2, "device": "cpu"}) == "2.0 s on cpu"  # of an older run

@@ -414,11 +414,20 @@ def leaf_calls(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
     return recorder.calls
 
 
+# Not in lrnnx_core.ops: parts of models, with tests of their own (test_projected_scan.py and
+# test_cpu_steps.py). A step's leaf is called where nothing is differentiated or transformed.
+PRIVATE = {
+    "projected_scan", "projected_scan_backward", "diagonal_step", "flow_step", "siso_step",
+    "mamba_step", "griffin_step", "ssd_step", "s7_step", "rms_norm",
+}  # fmt: skip
+
+
 def test_the_cases_reach_every_leaf_operator() -> None:
     defined = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("lrnnx_core::")}
     reached = {func.name() for _, case in op_cases.ALL for func, _ in leaf_calls(case)}
-    assert {name.split(".")[0] for name in reached} == defined
-    assert defined
+    named = {name.split(".")[0] for name in reached}
+    assert named <= defined
+    assert {name.removeprefix("lrnnx_core::") for name in defined - named} == PRIVATE
 
 
 @every_case
@@ -470,7 +479,8 @@ def test_importing_the_library_imports_no_compiler_and_no_optional_package() -> 
         new = [m for m in set(sys.modules) - before if m.startswith(heavy)]
         assert not new, new
         x = torch.rand(4, 2, requires_grad=True)
-        ops.linear_scan(x, x)[0].sum().backward()
+        ops.linear_scan(x, x)[0].sum().backward()  # numba may come here, and nothing else
+        heavy = tuple(h for h in heavy if h != "numba")
         new = [m for m in set(sys.modules) - before if m.startswith(heavy)]
         assert not new, new
         """

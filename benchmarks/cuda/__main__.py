@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.cuda import timing
 
-NAMES = ("linear_scan", "selective_scan", "conv1d", "rg_lru", "decode")
+NAMES = ("linear_scan", "selective_scan", "conv1d", "rg_lru", "s5", "s4d", "decode")
 
 
 def main() -> int:

@@ -28,7 +28,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 ROOT = Path(__file__).parent.parent.parent
-FILTERS = ("linear_scan", "selective_", "causal_conv1d", "rg_lru", "sum_partials")
+FILTERS = (
+    "linear_scan", "selective_", "causal_conv1d", "rg_lru", "sum_partials", "diagonal_", "s4d_",
+    "feedthrough_",
+)  # fmt: skip
 """Parts of the names of all kernels: torch's own are not checked, which would take minutes."""
 
 
@@ -70,6 +73,13 @@ FAULTS = {
         Fault("rg_lru.cu", "p.dh0[part.row + v] =", "p.dh0[part.row + v + 1] =",
               ("rg_lru_backward",)),
         Fault("sum.cu", "p.out[row] =", "p.out[row + 1] =", ("sum_partials",)),
+        Fault("diagonal_scan.cu", "p.last[part.row] =", "p.last[part.row + 1] =",
+              ("diagonal_scan",)),
+        Fault("diagonal_scan.cu", "p.dh0[part.row] =", "p.dh0[part.row + 1] =",
+              ("diagonal_scan_backward",)),
+        Fault("diagonal_sums.cu", "p.dA[index] =", "p.dA[index + 1] =", ("diagonal_sums",)),
+        Fault("feedthrough.cu", "dx.store(p.dx + at);", "dx.store(p.dx + at + p.channels);",
+              ("feedthrough_backward",)),
         Fault("causal_conv1d.cu", "sample.store(last + i *", "sample.store(last + (i + 1) *",
               ("causal_conv1d",)),
         Fault("causal_conv1d.cu", "partial[k * size.channels + v] =",
@@ -84,10 +94,23 @@ FAULTS = {
               ("selective_ends",)),
         Fault("selective_step.cu", "p.y[my_row * p.channels + channel] =",
               "p.y[my_row * p.channels + channel + 1] =", ("selective_step",)),
+        Fault("s4d_scan.cu", "at.write(p.last, s, size, at.row);",
+              "at.write(p.last, s, size, at.row + 1);", ("s4d_scan",)),
+        Fault("s4d_scan.cu", "at.write(p.da, body.da, size, index);",
+              "at.write(p.da, body.da, size, index + 1);", ("s4d_scan_backward",)),
+        Fault("s4d_scan.cu", "at.write(p.ends, body.m, size, index);",
+              "at.write(p.ends, body.m, size, index + 1);", ("s4d_ends",)),
+        Fault("s4d_scan.cu", "narrow_to(p.starts[at], m);", "narrow_to(p.starts[at + 1], m);",
+              ("s4d_starts",)),
     ),
     "racecheck": (
         missing_barrier("linear_scan.cu", AFTER_MAPS, "linear_scan", "linear_scan_backward"),
         missing_barrier("rg_lru.cu", AFTER_MAPS, "rg_lru", "rg_lru_backward"),
+        missing_barrier("diagonal_scan.cu", AFTER_MAPS, "diagonal_scan", "diagonal_scan_backward"),
+        missing_barrier("diagonal_sums.cu", "half /= 2) {\n        __syncthreads();",
+                        "diagonal_sums"),
+        missing_barrier("feedthrough.cu", "sum[v];\n        __syncthreads();",
+                        "feedthrough_backward"),
         missing_barrier("sum.cu", AFTER_SUMS, "sum_partials"),
         missing_barrier("causal_conv1d.cu", AFTER_SUMS, "causal_conv1d_sum"),
         missing_barrier("causal_conv1d.cu",
@@ -99,6 +122,8 @@ FAULTS = {
               ("selective_ends",)),
         missing_barrier("selective_scan_backward.cu", "count);\n        __syncthreads();",
                         "selective_scan_backward"),
+        Fault("s4d_scan.cu", "__syncwarp();  // the tile is there", "// the tile is there",
+              ("s4d_scan", "s4d_scan_backward", "s4d_ends")),
     ),
 }  # fmt: skip
 
@@ -214,6 +239,69 @@ def rg_lru_scan(number: Numbers, planted: bool) -> None:
         kernels.rg_lru_scan_backward(h, sequences[0], last, *rest)
 
 
+def diagonal_scan(number: Numbers, planted: bool) -> None:
+    """Decays constant and varying in time, with everything there is, and with nothing else."""
+    import torch
+
+    from lrnnx_core.backends import cuda_diagonal as kernels
+
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    for dtype, rich in itertools.product(dtypes[: 1 if planted else None], (True, False)):
+        real = torch.promote_types(dtype, torch.float32)
+        state = torch.promote_types(dtype, torch.complex64)
+        batch, length, size = (2, 301, 35) if rich else (3, 130, 16)
+        length = 60 if planted else length
+        x = number(batch, length, 2 * size, dtype=dtype, low=-1.0)
+        rest: list[Any] = [-number(size, dtype=state), *(None,) * 6, False, "none"]
+        if rich:
+            rest[2:] = [
+                number(batch, length, size, dtype=real), number(batch, size, dtype=state),
+                number(batch, length, dtype=real), number.flags(batch, length),
+                ~number.flags(batch, length), True, "zoh",
+            ]  # fmt: skip
+        h, last = kernels.diagonal_scan(x, *rest)
+        kernels.diagonal_scan_backward(h, x, last, x, *rest)
+
+
+def s4d_scan(number: Numbers, planted: bool) -> None:
+    """Complex and real states, with everything there is and with nothing; whole and in segments."""
+    import torch
+
+    from lrnnx_core.backends import cuda_s4d as kernels
+
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    with mock.patch.multiple(kernels, LONG=256, LONG_IF_NARROW=256, SHORTEST=64):
+        for cache in (kernels.launch, kernels.segments):
+            cache.cache_clear()
+        for dtype, rich in itertools.product(dtypes[: 1 if planted else None], (True, False)):
+            real = torch.promote_types(dtype, torch.float32)
+            state = torch.promote_types(dtype, torch.complex64) if rich else real
+            for batch, length, channels, states in ((2, 75, 35, 11), (1, 700, 5, 32)):
+                u = number(batch, length, channels, dtype=dtype, low=-1.0)
+                a, v = (number(channels, states, dtype=state) for _ in range(2))
+                lengths = torch.full((batch,), length - 9, device=u.device) if rich else None
+                reset = number.flags(batch, length) if rich else None
+                D = number(channels, dtype=real) if rich else None
+                rest = (u, a, v, D, lengths, reset)
+                y, last, kept = kernels.s4d_scan(*rest, rich)
+                kernels.s4d_scan_backward(kept, y, last, *rest)
+        for cache in (kernels.launch, kernels.segments):
+            cache.cache_clear()
+
+
+def projected_scan(number: Numbers, planted: bool) -> None:
+    """The gradient of the direct path; the scan has its own."""
+    import torch
+
+    from lrnnx_core.backends import cuda_feedthrough as kernels
+
+    for dtype, width in ((torch.float32, 128), (torch.float32, 33), (torch.float64, 70)):
+        x, g, dx = (number(2, 601, width, dtype=dtype, low=-1.0) for _ in range(3))
+        kernels.add_gradients(dx, g, x, number(width, dtype=dtype))
+        if planted:
+            return
+
+
 class Selective(NamedTuple):
     """A case of the selective scan; its fields are those of `problem`, then the choices."""
 
@@ -299,7 +387,10 @@ def selective_step(number: Numbers, planted: bool) -> None:
         kernels.selective_scan(u, *rest, False)
 
 
-OPERATORS = (linear_scan, causal_conv1d, rg_lru_scan, selective_scan, selective_step)
+OPERATORS = (
+    linear_scan, causal_conv1d, rg_lru_scan, diagonal_scan, projected_scan, s4d_scan,
+    selective_scan, selective_step,
+)  # fmt: skip
 
 
 def launch_all(device: str, planted: bool) -> None:

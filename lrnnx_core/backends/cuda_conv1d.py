@@ -418,7 +418,7 @@ def _compact(x: Tensor, weight: Tensor, *others: Tensor | None) -> list[Any]:
     return [x, weight.contiguous(), *rest]
 
 
-def implement() -> tuple[torch.library.Library, ...]:
+def implement() -> tuple[library.Implementation, ...]:
     """Register both operators for CUDA tensors; the handles keep them in force."""
     cuda.KERNELS["causal_conv1d"] = kernels
     return (

@@ -329,7 +329,7 @@ def _check(operator: str, main: Tensor, **others: Tensor | None) -> tuple[Plan, 
     return plan, device
 
 
-def implement() -> tuple[torch.library.Library, ...]:
+def implement() -> tuple[library.Implementation, ...]:
     """Register both operators for CUDA tensors; the handles keep them in force."""
     cuda.KERNELS["linear_scan"] = kernels
     return (

@@ -381,7 +381,7 @@ def _check(operator: str, x: Tensor, *others: Tensor | None) -> tuple[Plan, int]
     return plan, device
 
 
-def implement() -> tuple[torch.library.Library, ...]:
+def implement() -> tuple[library.Implementation, ...]:
     """Register both operators for CUDA tensors; the handles keep them in force."""
     cuda.KERNELS["rg_lru_scan"] = kernels
     return (

@@ -269,7 +269,7 @@ def _fits(u: Tensor, rest: tuple[object, ...]) -> bool:
     return isinstance(A, Tensor) and u.numel() > 0 and A.numel() > 0
 
 
-def implement() -> tuple[torch.library.Library, ...]:
+def implement() -> tuple[library.Implementation, ...]:
     """Register both operators for CUDA tensors; the handles keep them in force."""
     cuda.KERNELS["selective_scan"] = kernels
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 NAMESPACE = "lrnnx_core"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _DEFAULTS: dict[str, Callable[..., Any]] = {}
+_KERNELS: dict[tuple[str, str], list[Callable[..., Any]]] = {}  # (name, device), newest last
+_REGISTERED: list[torch.library.Library] = []
 
 
 def define(
@@ -37,11 +40,19 @@ def define(
     return leaf
 
 
-def implement(name: str, device: str, kernel: Callable[..., Any]) -> torch.library.Library:
+class Implementation:
+    """Keeps a kernel in force while it lives."""
+
+    def __init__(self, kernels: list[Callable[..., Any]], kernel: Callable[..., Any]) -> None:
+        kernels.append(kernel)
+        weakref.finalize(self, kernels.remove, kernel).atexit = False
+
+
+def implement(name: str, device: str, kernel: Callable[..., Any]) -> Implementation:
     """Let ``kernel`` run leaf operator ``name`` on ``device`` ("cpu" or "cuda").
 
-    On the CPU the environment variable ``LRNNX_CPU_BACKEND=torch``, read at each call, goes back to
-    pure PyTorch. The kernel is in force while the returned handle lives; keep it.
+    The kernel is in force while the returned handle lives; of several the newest is. On the CPU the
+    environment variable ``LRNNX_CPU_BACKEND=torch``, read at each call, goes back to pure PyTorch.
 
     Raises:
         ValueError: no operator of that name, or another device.
@@ -50,15 +61,27 @@ def implement(name: str, device: str, kernel: Callable[..., Any]) -> torch.libra
         raise ValueError(f"implement: no operator {name!r}; defined are {sorted(_DEFAULTS)}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"implement: device {device!r}, expected 'cpu' or 'cuda'")
-    default = _DEFAULTS[name]
+    if (name, device) not in _KERNELS:
+        _register(name, device)
+    return Implementation(_KERNELS[name, device], kernel)
 
-    def cpu(*arguments: Any) -> Any:
-        plain = os.environ.get("LRNNX_CPU_BACKEND") == "torch"
-        return (default if plain else kernel)(*arguments)
+
+def default(name: str) -> Callable[..., Any]:
+    """Return the pure PyTorch implementation of a leaf operator."""
+    return _DEFAULTS[name]
+
+
+def _register(name: str, device: str) -> None:
+    plain, kernels = _DEFAULTS[name], _KERNELS.setdefault((name, device), [])
+
+    def call(*arguments: Any) -> Any:
+        if not kernels or (device == "cpu" and os.environ.get("LRNNX_CPU_BACKEND") == "torch"):
+            return plain(*arguments)
+        return kernels[-1](*arguments)
 
     handle = torch.library.Library(NAMESPACE, "IMPL")
-    handle.impl(name, torch.no_grad()(cpu if device == "cpu" else kernel), device.upper())
-    return handle
+    handle.impl(name, torch.no_grad()(call), device.upper())
+    _REGISTERED.append(handle)
 
 
 def _fold_batch(leaf: Callable[..., Any]) -> Callable[..., Any]:

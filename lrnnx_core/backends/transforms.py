@@ -20,6 +20,9 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_innermost = torch._C._functorch.peek_interpreter_stack  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
+"""Return the innermost active transform of torch.func, or None."""
+
 
 def forward_mode_depth() -> int:
     """Return how many forward-mode levels (`jvp`, `jacfwd`) of torch.func are active.
@@ -50,9 +53,16 @@ def dual_level_active() -> bool:
 
 def transform_active() -> bool:
     """Return whether any torch.func transform is active, or torch.compile or export is tracing."""
-    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+    return torch.compiler.is_compiling() or _innermost() is not None
 
-    return torch.compiler.is_compiling() or bool(retrieve_all_functorch_interpreters())
+
+def dispatch_observed() -> bool:
+    """Return whether a mode or a profiler looks at the operators that are called."""
+    return _modes() > 0 or _profiling()
+
+
+_modes = torch._C._len_torch_dispatch_stack  # pyright: ignore[reportPrivateUsage]
+_profiling = torch._C._autograd._profiler_enabled  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
 
 
 def autocasting(device: torch.device) -> bool:

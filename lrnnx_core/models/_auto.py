@@ -6,20 +6,28 @@ The numbers come from ``python -m benchmarks.modes``; docs/convolution.md has it
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lrnnx_core.backends import cpu
 from lrnnx_core.models._common import check_sizes
 from lrnnx_core.sequences import Layout
 from lrnnx_core.types import Mode
 
 CPU_WORK = 512
-"""Samples times stored states of a channel from which a CPU convolves; never with one state."""
+"""Samples times stored states of a channel from which plain PyTorch convolves; never with one."""
+CPU_STATES = 256
+"""Stored states of a channel up to which the compiled CPU backend scans, whatever the length."""
+CUDA_KERNELS = importlib.util.find_spec("cupy") is not None
+"""Whether a GPU has the library's kernels; a constant, so that torch.compile can read it."""
+CUDA_FUSED = 256
+"""Stored states of a channel up to which a GPU scans, whatever the length, where it has kernels."""
 CUDA_STATES = 2**27
-"""States of all rows, samples and channels from which a GPU convolves: a scan writes them all."""
+"""States of all rows, samples and channels from which a GPU without kernels convolves."""
 CHUNK = {"cpu": 4096, "cuda": 2**16}
 """Samples a chunk of a convolution that is cut without being asked to, by the kind of device."""
 
@@ -35,8 +43,12 @@ def prefers_convolution(connectivity: str, u: Tensor, states: int) -> bool:
     if connectivity == "mimo":
         return False
     if u.device.type == "cuda":
+        if states <= CUDA_FUSED and CUDA_KERNELS:
+            return False
         return u.numel() * states > CUDA_STATES
     length = u.shape[-2]
+    if states <= CPU_STATES and cpu.in_force():
+        return False
     return states > 1 and length > 16 and length * states >= CPU_WORK
 
 

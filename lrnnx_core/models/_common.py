@@ -175,8 +175,15 @@ def check_keys(where: str, params: Params, keys: Iterable[str], hint: str) -> No
         raise ValueError(f"{where}: params have no {', '.join(missing)}; {hint}")
 
 
+_SINGLE = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.complex64})
+
+
 def compute_dtype(params: Params, *tensors: Tensor | None) -> torch.dtype:
     """Return the real dtype to compute in: the widest that came, at least float32."""
+    found = {t.dtype for t in params.values()}
+    found.update(t.dtype for t in tensors if t is not None)
+    if found <= _SINGLE:
+        return torch.float32
     dtype = torch.float32
     for t in (*params.values(), *tensors):
         if t is not None:

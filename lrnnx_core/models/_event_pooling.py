@@ -7,7 +7,7 @@ chunk, so that any split of a stream gives the same groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -23,8 +23,7 @@ from lrnnx_core.models._common import (
     full_precision,
     zero_state,
 )
-from lrnnx_core.ops import linear_scan
-from lrnnx_core.sequences import Compaction, Layout, at_length, layout, valid_mask
+from lrnnx_core.sequences import Compaction, Layout, layout, valid_mask
 from lrnnx_core.types import Params
 
 Pooling = Literal["last", "mean", "time_weighted"]
@@ -132,7 +131,7 @@ def scan(
     params: Params,
     u: Tensor,
     state: PooledState | None,
-    recurrence: Callable[[torch.dtype, Tensor | None], _mimo.Recurrence],
+    recurrence: _mimo.Source,
     *,
     layout: Layout,
     stride: int,
@@ -148,16 +147,15 @@ def scan(
     groups = group(where, u, None if state is None else state.pending, layout, stride)
     with full_precision(u.device):
         dtype = compute_dtype(params, u, None if state is None else state.h)
-        r = recurrence(dtype, None if groups.uniform else groups.timesteps)
-        b = r.drive(groups.x.to(dtype))
-        h0 = zero_state(b, u.shape[:-2], b.shape[-1:]) if state is None else state.h.to(b.dtype)
-        a = r.A_bar.unsqueeze(-2) if groups.uniform else r.A_bar
-        h, last = linear_scan(a, b, h0, backend="reference" if recurrent else "auto")
-        if groups.lengths is not None:
-            last = at_length(h, groups.lengths * stride, h0)
+        timesteps = None if groups.uniform else groups.timesteps
+        whole = None if groups.lengths is None else groups.lengths * stride
+        h, last = _mimo.states(
+            recurrence(dtype, timesteps), groups.x.to(dtype), None if state is None else state.h,
+            Layout(whole, None, None, timesteps), loop=recurrent,
+        )  # fmt: skip
         read = h[..., _index(stride, compat) :: stride, :]
         x = reduce(groups, stride, pooling, compat, dtype)
-        y = _mimo.readout(params, "C", read, scale) + _mimo.feedthrough(params, x)
+        y = _mimo.read(params, "C", read, scale) + _mimo.feedthrough(params, x)
         if groups.lengths is not None:
             valid = valid_mask(groups.lengths, y.shape[-2]).unsqueeze(-1)
             y = torch.where(valid, y, torch.zeros_like(y))

@@ -8,11 +8,13 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lrnnx_core.backends.transforms import autocasting
 from lrnnx_core.models._common import check_choice, full_precision
 from lrnnx_core.models._projected import check_parts, in_directions
 from lrnnx_core.ops.causal_conv1d import causal_conv1d
 from lrnnx_core.ops.guarded_sqrt import guarded_sqrt
 from lrnnx_core.ops.rg_lru_scan import rg_lru_scan
+from lrnnx_core.ops.steps import griffin_step
 from lrnnx_core.sequences import Layout
 from lrnnx_core.types import Mode, Number, Params, TimestepMode
 
@@ -109,7 +111,7 @@ def _one_way(
     layout: Layout,
     options: Options,
 ) -> tuple[Tensor, State]:
-    _check(where, params, x, y, state)
+    _check(where, params, x, y, state, x.shape[:-2])
     length = x.shape[-2]
     reset = None if layout.reset is None else layout.reset.expand(x.shape[:-1])
     v, tail = causal_conv1d(
@@ -130,6 +132,42 @@ def _one_way(
         form = "tanh" if options.gelu == "tanh" else "none"
         out = torch.nn.functional.gelu(y, approximate=form) * h
     return out.to(x.dtype), State(tail, last, _has_started(x, state, layout))
+
+
+def step(
+    where: str,
+    params: Params,
+    x: Tensor,
+    y: Tensor,
+    state: State,
+    timestep: Tensor | None,
+    options: Options,
+    rate: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """Take one step on what linear_x and linear_y give, (..., W); rate as of `rate_of`.
+
+    Returns:
+        What linear_out takes, (..., W) in x's dtype, and the new state.
+    """
+    if not x.is_cpu or options.recurrent or type(state) is not State or autocasting(x.device):
+        gaps = None if timestep is None else timestep.unsqueeze(-1)
+        x, y = x.unsqueeze(-2), y.unsqueeze(-2)
+        out, new = inner(where, params, x, y, state, Layout(None, None, None, gaps), options)
+        return out.squeeze(-2), new
+    batch = x.shape[:-1]
+    _check(where, params, x, y, state, batch)
+    rate = rate_of(params, x, options) if rate is None else rate
+    if rate.dtype is not x.dtype or rate.dtype is not state.h.dtype:
+        rate = rate.to(torch.promote_types(torch.promote_types(rate.dtype, x.dtype), state.h.dtype))
+    out, conv, h = griffin_step(
+        x, y, state.conv, state.h, state.started, params["conv_1d.weight"],
+        params.get("conv_1d.bias"), params["rg_lru.input_gate_weight"],
+        params["rg_lru.input_gate_bias"].flatten(), params["rg_lru.recurrent_gate_weight"],
+        params["rg_lru.recurrent_gate_bias"].flatten(), rate,
+        None if timestep is None else timestep.expand(batch),
+        options.timestep_mode == "state_only", options.start_rule, options.gelu == "tanh",
+    )  # fmt: skip
+    return out, State(conv, h, torch.ones_like(state.started))
 
 
 def gate_logits(params: Params, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,9 +240,11 @@ def _has_started(x: Tensor, state: State | None, layout: Layout) -> Tensor:
     return now if state is None else now | state.started
 
 
-def _check(where: str, params: Params, x: Tensor, y: Tensor, state: State | None) -> None:
+def _check(
+    where: str, params: Params, x: Tensor, y: Tensor, state: State | None, batch: torch.Size
+) -> None:
     """Raise unless widths, blocks and state belong together."""
-    batch, width = x.shape[:-2], params["rg_lru.recurrent_param"].shape[0]
+    width = params["rg_lru.recurrent_param"].shape[0]
     heads, block, _ = params["rg_lru.input_gate_weight"].shape
     if heads * block != width:
         raise ValueError(

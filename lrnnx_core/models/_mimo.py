@@ -4,7 +4,8 @@
     x_t = A_bar_t * x_{t-1} + gamma_t * (B u_t),    y_t = s Re(C x_t) + D u_t
 
 A model file says where A_bar and gamma come from; everything else about running them stands here.
-The projections are real matrix products on the real and imaginary halves.
+States lie in [re | im] halves, so that a scan stands between two real matrix products; under
+irregular time or a step of each sample's own it forms A_bar_t and gamma_t itself (`Flow`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lrnnx_core.discretize import EXPONENTIAL, FUSED, resolve
 from lrnnx_core.models._auto import (
     check_planned,
     chunk_length,
@@ -34,10 +36,17 @@ from lrnnx_core.models._common import (
     full_precision,
     pair,
 )
-from lrnnx_core.ops import causal_convolution, linear_scan, projected_convolution
+from lrnnx_core.ops import (
+    causal_convolution,
+    diagonal_scan,
+    linear_scan,
+    projected_convolution,
+)
 from lrnnx_core.ops.powers import powers
+from lrnnx_core.ops.projected_scan import projected_scan
+from lrnnx_core.ops.steps import diagonal_step, flow_step
 from lrnnx_core.sequences import Layout, align_right, at_length
-from lrnnx_core.types import Discrete, Mode, Params
+from lrnnx_core.types import Discrete, Discretization, Mode, Params, TimestepMode
 
 
 class Recurrence(NamedTuple):
@@ -72,12 +81,71 @@ class Recurrence(NamedTuple):
         return (p.coarse.unsqueeze(1) * p.fine).flatten(0, 1)[:length]
 
 
+class Flow(NamedTuple):
+    """A model before A_bar and gamma are formed: where they vary in time, (..., L, P) never is.
+
+    A (P,) is the continuous state matrix, dt the step, (P,), (..., L, P) or None for 1; timesteps
+    (..., L) or None; B (P, H). The scheme is one of `FUSED`.
+    """
+
+    A: Tensor
+    dt: Tensor | None
+    timesteps: Tensor | None
+    scheme: str
+    timestep_mode: TimestepMode
+    B: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        A: Tensor,
+        dt: Tensor,
+        timesteps: Tensor | None,
+        discretization: Discretization,
+        timestep_mode: TimestepMode,
+        B: Tensor,
+    ) -> Flow | None:
+        """Return the flow of a checked choice, or None where it must be composed."""
+        if discretization == "async":
+            discretization, timestep_mode = "zoh", "state_only"
+        if not isinstance(discretization, str) or discretization not in FUSED:
+            return None
+        return cls(A, dt, timesteps, discretization, timestep_mode, B)
+
+    def discretized(self) -> Recurrence:
+        """Return A_bar and gamma in full."""
+        scheme, mode = resolve(self.scheme, self.timestep_mode)  # pyright: ignore[reportArgumentType]
+        d = torch.ones_like(self.A.real) if self.dt is None else self.dt
+        dd = d if self.timesteps is None else self.timesteps.unsqueeze(-1) * d
+        A_bar, gamma = scheme(self.A, dd, d if mode == "state_only" else dd)
+        z = dd * self.A if self.steady and self.scheme in EXPONENTIAL else None
+        return Recurrence(A_bar, gamma, self.B, z)
+
+    @property
+    def steady(self) -> bool:
+        """Return whether nothing varies in time."""
+        return self.timesteps is None and (self.dt is None or self.dt.ndim == 1)
+
+    def folded(self) -> Flow:
+        """Return the same with a gain that is constant in time moved into B, where that can be."""
+        steady = self.timestep_mode == "state_only" and (self.dt is None or self.dt.ndim == 1)
+        if not steady or self.scheme not in EXPONENTIAL or self.scheme == "dirac":
+            return self
+        gamma = self._replace(timesteps=None).discretized().gamma
+        B = self.B if gamma is None else gamma.unsqueeze(-1) * self.B
+        return self._replace(scheme="dirac", B=B)
+
+
+Source = Callable[[torch.dtype, Tensor | None], Recurrence | Flow]
+"""(dtype, timesteps) -> the recurrence of a sequence."""
+
+
 def scan(
     where: str,
     params: Params,
     u: Tensor,
     state: Tensor | None,
-    recurrence: Callable[[torch.dtype, Tensor | None], Recurrence],
+    recurrence: Source,
     *,
     layout: Layout,
     mode: Mode,
@@ -86,7 +154,7 @@ def scan(
     kernel: Tensor | None,
     chunk_size: int | None = None,
     max_bytes: int | None = None,
-    flipped: Callable[[torch.dtype, Tensor | None], Recurrence] | None = None,
+    flipped: Source | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a model over u (..., L, H); return y (..., L, H_out) and the final state (..., P).
 
@@ -104,16 +172,24 @@ def scan(
         if valid is not None:
             x = torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))
         r = recurrence(dtype, layout.timesteps)
-        if layout.timesteps is None and r.A_bar.ndim > 1 and flipped is None:
+        steady = r.steady if isinstance(r, Flow) else r.A_bar.ndim == 1
+        if (
+            flipped is None
+            and isinstance(r, Recurrence)
+            and not steady
+            and layout.timesteps is None
+        ):
             convolves = mode == "conv" or kernel is not None
             check_steady(where, r.A_bar, backwards=bidirectional, convolves=convolves)
         check_planned(where, max_bytes, kernel)
         mode = resolve_mode(
-            where, mode, steady=layout.uniform and r.A_bar.ndim == 1, kernel=kernel,
-            prefers=prefers_convolution("mimo", u, r.A_bar.shape[-1]),
+            where, mode, steady=layout.uniform and steady, kernel=kernel,
+            prefers=prefers_convolution("mimo", u, params["B_re"].shape[0]),
             chunk_size=chunk_size, max_bytes=max_bytes,
         )  # fmt: skip
+        D = params["D"].to(dtype)
         if mode == "conv":
+            r = r.discretized() if isinstance(r, Flow) else r
             K = None if kernel is None else kernel.to(dtype)
             forward, backward = (K, None) if K is None or not bidirectional else K
             factors = Factors(r.table(size + 1), r.B_bar(), scale, max_bytes)
@@ -123,16 +199,18 @@ def scan(
                 whole = layout._replace(lengths=None)
                 y2, _ = _convolve(params, "C2", factors, x.flip(-2), None, whole, backward, size)
                 y = y + y2.flip(-2)
+        elif mode == "scan" and not bidirectional and layout.lengths is None and _flows(r):
+            y, last = _projected(r, params, x, state, D if D.ndim == 1 else None, layout, scale)
+            D = None if D.ndim == 1 else D
         else:
-            b = r.drive(x)
-            if state is None:
-                state = torch.zeros_like(b[..., 0, :]) if length else b.sum(-2)
-            h, last = _states(r, b, state.to(b.dtype), layout, mode)
-            y = readout(params, "C", h, scale)
+            loop = mode == "recurrent"
+            h, last = states(r, x, state, layout, loop=loop)
+            y = read(params, "C", h, scale)
             if bidirectional:
-                h = _backward_states(r, recurrence, flipped, x, layout, mode)
-                y = y + readout(params, "C2", h, scale)
-        y = y + feedthrough(params, x)
+                h = _backward_states(r, recurrence, flipped, x, layout, loop)
+                y = y + read(params, "C2", h, scale)
+        if D is not None:
+            y = torch.addcmul(y, D, x) if D.ndim == 1 else y + x @ D.mT
         if valid is not None:
             y = torch.where(valid.unsqueeze(-1), y, torch.zeros_like(y))
         return y.to(u.dtype), last
@@ -143,7 +221,7 @@ def step(
     params: Params,
     u_t: Tensor,
     state: Tensor,
-    recurrence: Callable[[torch.dtype, Tensor | None], Recurrence],
+    recurrence: Source,
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -153,12 +231,25 @@ def step(
     check_state(where, state, u_t.shape[:-1], B.shape[:1], u_t)
     with full_precision(u_t.device):
         dtype = compute_dtype(params, u_t, state)
-        x = u_t.to(dtype)
         r = recurrence(dtype, None)
-        b = r.drive(x)
-        state = r.A_bar * state.to(b.dtype) + b
-        y = readout(params, "C", state, scale) + feedthrough(params, x)
-        return y.to(u_t.dtype), state
+        if isinstance(r, Flow):
+            timesteps = None if r.timesteps is None else r.timesteps.expand(u_t.shape[:-1])
+            dt = torch.ones_like(r.A.real) if r.dt is None else r.dt
+            return flow_step(
+                u_t, state, r.A, dt, timesteps, r.B, params["C_re"], params["C_im"], params["D"],
+                scale, r.timestep_mode == "state_only", r.scheme,
+            )  # fmt: skip
+        if r.B.ndim > 2:  # a precomputed B_bar of irregular time, a matrix a row
+            x = u_t.to(dtype)
+            b = r.drive(x)
+            state = r.A_bar * state.to(b.dtype) + b
+            y = readout(params, "C", state, scale) + feedthrough(params, x)
+            return y.to(u_t.dtype), state
+        varying = r.gamma is not None and r.gamma.ndim > 1
+        gain, B = (r.gamma, r.B) if varying else (None, r.B_bar())
+        return diagonal_step(
+            u_t, state, r.A_bar, gain, B, params["C_re"], params["C_im"], params["D"], scale
+        )
 
 
 def kernel(
@@ -229,37 +320,113 @@ def _check(
     check_kernel(where, kernel, (2,) * bidirectional, at_least, tail)
 
 
-def _states(
-    r: Recurrence, b: Tensor, state: Tensor, layout: Layout, mode: Mode
+def states(
+    r: Recurrence | Flow, x: Tensor, state: Tensor | None, layout: Layout, *, loop: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return all states (..., L, P) and the final one (..., P)."""
-    length = b.shape[-2]
-    a = r.A_bar.unsqueeze(-2) if r.A_bar.ndim == 1 else r.A_bar
-    if layout.mask is not None:
-        a = torch.where(layout.mask.unsqueeze(-1), a, torch.ones_like(a))
-    backend = "reference" if mode == "recurrent" else "auto"
-    h, last = linear_scan(a, b, state, reset=layout.resets(length), backend=backend)
+    """Return all states (..., L, 2P) in [re | im] halves and the final one (..., P), complex.
+
+    ``loop`` runs the specification, step by step.
+    """
+    reset, kind = layout.resets(x.shape[-2]), r.B.dtype
+    if loop or not _flows(r):
+        h, last = _composed(r, x, state, layout, reset, loop)
+    else:
+        flow = _flow(r)
+        h, last = diagonal_scan(
+            torch.nn.functional.linear(x, torch.cat([flow.B.real, flow.B.imag])), flow.A, flow.dt,
+            None if state is None else state.to(kind), discretization=flow.scheme,
+            integration_timesteps=flow.timesteps, timestep_mode=flow.timestep_mode, reset=reset,
+            mask=layout.mask,
+        )  # fmt: skip
     if layout.lengths is not None:
-        last = at_length(h, layout.lengths, state)
+        before = torch.zeros_like(last) if state is None else state.to(kind)
+        ends = at_length(h, layout.lengths, torch.cat([before.real, before.imag], dim=-1))
+        last = torch.complex(*ends.chunk(2, dim=-1))
     return h, last
 
 
+def _flows(r: Recurrence | Flow) -> bool:
+    """Return whether the scan can form decay and gain itself, or they do not vary in time."""
+    if isinstance(r, Flow):
+        return True
+    return r.A_bar.ndim == 1 and r.B.ndim == 2 and (r.gamma is None or r.gamma.ndim == 1)
+
+
+def _flow(r: Recurrence | Flow) -> Flow:
+    """Return what the scan runs, with a gain that is constant in time in B where that is better."""
+    if isinstance(r, Recurrence):
+        return Flow(r.A_bar, None, None, "none", "both", r.B_bar())
+    return r if r.steady else r.folded()
+
+
+def _projected(
+    r: Recurrence | Flow,
+    params: Params,
+    x: Tensor,
+    state: Tensor | None,
+    D: Tensor | None,
+    layout: Layout,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Run projections and scan as one operator; return y, with D x if given, and the state."""
+    flow, batch = _flow(r), x.shape[:-2]
+    timesteps, reset, mask = (
+        None if t is None else t.expand(x.shape[:-1])
+        for t in (flow.timesteps, layout.resets(x.shape[-2]), layout.mask)
+    )
+    if state is not None:
+        state = state.to(flow.B.dtype).expand(*batch, flow.A.shape[-1])
+    return projected_scan(
+        x, torch.cat([flow.B.real, flow.B.imag]), _readout(params, "C", x.dtype, scale), D, flow.A,
+        flow.dt, state, discretization=flow.scheme, integration_timesteps=timesteps,
+        timestep_mode=flow.timestep_mode, reset=reset, mask=mask,
+    )  # fmt: skip
+
+
+def _composed(
+    r: Recurrence | Flow,
+    x: Tensor,
+    state: Tensor | None,
+    layout: Layout,
+    reset: Tensor | None,
+    loop: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run `states` with A_bar and gamma formed in full."""
+    r = r.discretized() if isinstance(r, Flow) else r
+    b = r.drive(x)
+    a = r.A_bar.unsqueeze(-2) if r.A_bar.ndim == 1 else r.A_bar
+    if layout.mask is not None:
+        a = torch.where(layout.mask.unsqueeze(-1), a, torch.ones_like(a))
+    state = None if state is None else state.to(b.dtype)
+    h, last = linear_scan(a, b, state, reset=reset, backend="reference" if loop else "auto")
+    return torch.cat([h.real, h.imag], dim=-1), last
+
+
+def read(params: Params, key: str, h: Tensor, scale: float) -> Tensor:
+    """Return s Re(C h) of states h (..., L, 2P) in halves."""
+    return torch.nn.functional.linear(h, _readout(params, key, h.dtype, scale))
+
+
+def _readout(params: Params, key: str, dtype: torch.dtype, scale: float) -> Tensor:
+    """Return s [C_re | -C_im], (H_out, 2P)."""
+    re, im = (params[key + part].to(dtype) for part in ("_re", "_im"))
+    return scale * torch.cat([re, -im], dim=-1)
+
+
 def _backward_states(
-    r: Recurrence,
-    recurrence: Callable[[torch.dtype, Tensor | None], Recurrence],
-    flipped: Callable[[torch.dtype, Tensor | None], Recurrence] | None,
+    r: Recurrence | Flow,
+    recurrence: Source,
+    flipped: Source | None,
     x: Tensor,
     layout: Layout,
-    mode: Mode,
+    loop: bool,
 ) -> Tensor:
     backwards = layout.backwards(x.shape[-2])
     if flipped is not None:
         r = flipped(x.dtype, backwards.timesteps)
     elif backwards.timesteps is not None:
         r = recurrence(x.dtype, backwards.timesteps)
-    b = r.drive(x.flip(-2))
-    zero = torch.zeros_like(b[..., 0, :]) if b.shape[-2] else b.sum(-2)
-    return _states(r, b, zero, backwards, mode)[0].flip(-2)
+    return states(r, x.flip(-2), None, backwards, loop=loop)[0].flip(-2)
 
 
 class Factors(NamedTuple):

@@ -16,6 +16,7 @@ from lrnnx_core.models._dplr import Transition
 from lrnnx_core.models._siso import complex_of
 from lrnnx_core.models._transforms import RealTransform, StepTransform
 from lrnnx_core.ops import causal_convolution
+from lrnnx_core.ops.steps import siso_step
 from lrnnx_core.sequences import Compaction, Layout
 from lrnnx_core.types import Discrete, Number, Params, TimestepMode
 
@@ -96,6 +97,18 @@ def reader(
     else:
         C = 2 * _s4.from_rows(true_readout(params, key, choices)).to(complex_of(dtype))
     return lambda h: (C * h.unsqueeze(-3)).sum(-1).real
+
+
+def low_rank_step(
+    params: Params, u: Tensor, state: Tensor, at: Transition, choices: Choices
+) -> tuple[Tensor, Tensor]:
+    """Take one step: u (..., H), state (..., H, M); return y (..., Ch H) and the new state."""
+    if choices.l_kernel is None:
+        C_re, C_im = params["C_re"], params["C_im"]
+    else:
+        C = _s4.from_rows(true_readout(params, "C", choices)).to(at.a.dtype)
+        C_re, C_im = C.real, C.imag
+    return siso_step(u, state, at.a, at.B, at.U, at.V, C_re, C_im, params["D"], 2.0)
 
 
 def dense_step(discrete: Discrete, h: Tensor, u: Tensor) -> Tensor:

@@ -91,6 +91,19 @@ def recurrence(
     options: Options,
 ) -> _mimo.Recurrence:
     """Discretize with the steps of u (..., L, H), or of one sample (..., H)."""
+    r = sequence(where, params, u, dtype, timesteps, options)
+    return r if isinstance(r, _mimo.Recurrence) else r.discretized()
+
+
+def sequence(
+    where: str,
+    params: Params,
+    u: Tensor,
+    dtype: torch.dtype,
+    timesteps: Tensor | None,
+    options: Options,
+) -> _mimo.Recurrence | _mimo.Flow:
+    """Return what a scan of u runs: if it can, without forming A_bar and gamma."""
     scheme, timestep_mode = resolve(
         options.discretization, options.timestep_mode, options.alpha, s5.DISCRETIZATIONS, where
     )
@@ -98,7 +111,14 @@ def recurrence(
         weight, bias = (params["step_proj." + k].to(dtype) for k in ("weight", "bias"))
         raw = torch.nn.functional.linear(u.to(dtype), weight, bias)
         dt = torch.nn.functional.softplus(raw) * options.dt_scale
-        decay = dt if timesteps is None else timesteps.to(dtype).unsqueeze(-1) * dt
         Lambda = eigenvalues(params, dtype, options.clip_eigs)
+        B = pair(params, "B", dtype)
+        timesteps = None if timesteps is None else timesteps.to(dtype)
+        flow = _mimo.Flow.of(
+            Lambda, dt, timesteps, options.discretization, options.timestep_mode, B
+        )
+        if flow is not None:
+            return flow
+        decay = dt if timesteps is None else timesteps.unsqueeze(-1) * dt
         A_bar, gamma = scheme(Lambda, decay, dt if timestep_mode == "state_only" else decay)
-        return _mimo.Recurrence(A_bar, gamma, pair(params, "B", dtype))
+        return _mimo.Recurrence(A_bar, gamma, B)

@@ -26,6 +26,7 @@ from lrnnx_core.models._common import (
 )
 from lrnnx_core.models._projected import in_directions, linear, linear_init, with_reverse
 from lrnnx_core.ops.linear_scan import linear_scan
+from lrnnx_core.ops.steps import s7_step
 from lrnnx_core.ops.trilinear import trilinear
 from lrnnx_core.sequences import Layout
 from lrnnx_core.types import Discrete, Number, Params
@@ -172,6 +173,14 @@ def inner(
         return _one_way(params, parts[0], state, layout, chunk_size, recurrent)
 
     return in_directions(where, params, (v,), state, layout, run, bidirectional=bidirectional)
+
+
+def step(where: str, params: Params, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Take one step between in_proj and the gate: v (..., H); return y, at least float32."""
+    check_state(where, state, v.shape[:-1], params["base"].shape, v)
+    with full_precision(v.device):
+        base = params["base"].to(compute_dtype(params, v, state))
+        return s7_step(v, state, params["x_proj.weight"], base)
 
 
 def _one_way(

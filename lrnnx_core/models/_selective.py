@@ -12,16 +12,20 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lrnnx_core.backends.transforms import autocasting
+from lrnnx_core.discretize import FUSED
 from lrnnx_core.models._common import check_choice, check_keys
 from lrnnx_core.models._projected import check_parts, in_directions, linear, rms_norm
 from lrnnx_core.ops.causal_conv1d import causal_conv1d
 from lrnnx_core.ops.selective_scan import selective_scan
-from lrnnx_core.sequences import Layout
+from lrnnx_core.ops.steps import mamba_step
+from lrnnx_core.sequences import Layout, layout
 from lrnnx_core.types import Discretization, Number, Params, TimestepMode
 
 DISCRETIZATIONS = ("mamba", "zoh", "bilinear", "gbt", "euler", "dirac", "async")
 MODES = ("auto", "scan", "recurrent")
 InnerNorm = Literal["none", "rms", "learned"]
+INNER_NORMS = ("dt_layernorm.weight", "b_layernorm.weight", "c_layernorm.weight")
 
 
 class State(NamedTuple):
@@ -48,7 +52,7 @@ class Options(NamedTuple):
 
 
 def inner(
-    where: str, params: Params, xz: Tensor, state: State | None, layout: Layout, options: Options
+    where: str, params: Params, xz: Tensor, state: State | None, seq: Layout, options: Options
 ) -> tuple[Tensor, State]:
     """Run the block on in_proj's output xz (..., L, 2 E), padding on the right and zero.
 
@@ -60,16 +64,14 @@ def inner(
     def run(params: Params, parts: tuple[Tensor, ...], layout: Layout) -> tuple[Tensor, State]:
         return _one_way(where, params, parts[0], state, layout, options)
 
-    return in_directions(
-        where, params, (xz,), state, layout, run, bidirectional=options.bidirectional
-    )
+    return in_directions(where, params, (xz,), state, seq, run, bidirectional=options.bidirectional)
 
 
 def _one_way(
     where: str, params: Params, xz: Tensor, state: State | None, layout: Layout, options: Options
 ) -> tuple[Tensor, State]:
     x, z = xz.chunk(2, dim=-1)
-    A = -torch.exp(_wide(params["A_log"]))
+    A = rates(params)
     batch, length = x.shape[:-2], x.shape[-2]
     taps, width = params["conv1d.weight"].shape[-1], x.shape[-1]
     if state is not None:
@@ -105,6 +107,60 @@ def _one_way(
     return y, State(tail, h)
 
 
+def step(
+    where: str,
+    params: Params,
+    xz: Tensor,
+    state: State,
+    timestep: Tensor | None,
+    options: Options,
+    A: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """Take one step on in_proj's output xz (..., 2 E); A is -exp(A_log), if at hand.
+
+    Returns:
+        What out_proj takes, (..., E), and the new state.
+    """
+    name = options.discretization
+    scheme = "zoh" if name == "async" else name
+    if (
+        not isinstance(scheme, str)
+        or scheme not in FUSED
+        or not xz.is_cpu
+        or isinstance(options.dt_scale, Tensor)
+        or options.recurrent
+        or type(state) is not State
+        or "x_proj.bias" in params
+        or autocasting(xz.device)
+    ):
+        gaps = None if timestep is None else timestep.unsqueeze(-1)
+        x = xz.unsqueeze(-2)
+        seq = layout(where, x, integration_timesteps=gaps)
+        y, new = inner(where, params, x, state, seq, options)
+        return y.squeeze(-2), new
+    A = rates(params) if A is None else A
+    if A.dtype is not xz.dtype or A.dtype is not state.h.dtype:
+        A = A.to(torch.promote_types(torch.promote_types(A.dtype, xz.dtype), state.h.dtype))
+    batch, taps = xz.shape[:-1], params["conv1d.weight"].shape[-1]
+    conv_shape, h_shape = (*batch, taps - 1, A.shape[0]), (*batch, *A.shape)
+    check_parts(where, state, State, {"conv": conv_shape, "h": h_shape}, xz)
+    norms: tuple[Tensor | None, ...] = (None, None, None)
+    if options.inner_norm == "learned":
+        check_keys("mamba", params, INNER_NORMS, "make them with init(inner_norm='learned')")
+        norms = tuple(params[n] for n in INNER_NORMS)
+    decay_dt = None
+    if "dtA_bias" in params:
+        decay_dt = torch.nn.functional.softplus(_wide(params["dtA_bias"])) * options.dt_scale
+    y, conv, h = mamba_step(
+        xz, state.conv, state.h, params["conv1d.weight"], params.get("conv1d.bias"),
+        params["x_proj.weight"], params["dt_proj.weight"], params["dt_proj.bias"], A, params["D"],
+        decay_dt, None if timestep is None else timestep.expand(batch), *norms,
+        float(options.dt_scale), options.inner_norm != "none",
+        options.timestep_mode == "state_only" or name == "async", scheme,
+    )  # fmt: skip
+    return y, State(conv, h)
+
+
 def steps_and_matrices(
     params: Params, v: Tensor, inner_norm: InnerNorm
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,14 +169,18 @@ def steps_and_matrices(
     rank, states = params["dt_proj.weight"].shape[1], params["A_log"].shape[1]
     parts = linear(params, "x_proj", v).split([rank, states, states], dim=-1)
     if inner_norm != "none":
-        names = ("dt_layernorm.weight", "b_layernorm.weight", "c_layernorm.weight")
         if inner_norm == "learned":
-            check_keys("mamba", params, names, "make them with init(inner_norm='learned')")
-        weights = [params[n] if inner_norm == "learned" else None for n in names]
+            check_keys("mamba", params, INNER_NORMS, "make them with init(inner_norm='learned')")
+        weights = [params[n] if inner_norm == "learned" else None for n in INNER_NORMS]
         parts = [rms_norm(p, w, 1e-6) for p, w in zip(parts, weights, strict=True)]
     r, B, C = parts
     # The bias is added in the scan, in float32.
     return linear({"dt_proj.weight": params["dt_proj.weight"]}, "dt_proj", r), B, C
+
+
+def rates(params: Params) -> Tensor:
+    """Return A (E, N), at least float32."""
+    return -torch.exp(_wide(params["A_log"]))
 
 
 def state_shapes(params: Params) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -28,8 +28,9 @@ from lrnnx_core.models._common import (
     full_precision,
     read_next,
 )
-from lrnnx_core.ops import causal_convolution, linear_scan, vandermonde
+from lrnnx_core.ops import causal_convolution, linear_scan, s4d_scan, vandermonde
 from lrnnx_core.ops.powers import Powers, accumulate, evaluate, powers
+from lrnnx_core.ops.steps import siso_step
 from lrnnx_core.sequences import Layout, align_right, at_length
 from lrnnx_core.types import Discrete, Mode, Params
 
@@ -92,18 +93,17 @@ def scan(
         h0 = None if state is None else state.to(r.B_bar.dtype)
         K = None if kernel is None else kernel.to(dtype)
         forward = K if K is None or not bidirectional else K[0]
-        y, last = _run(r, _readout(params, "C", dtype), x, h0, layout, mode, forward, size)
+        D = params["D"].to(dtype)
+        D = D.unsqueeze(0) if D.ndim == 1 else D
+        y, last = _run(r, _readout(params, "C", dtype), D, x, h0, layout, mode, forward, size)
         if bidirectional:
             flipped = layout.backwards(length)
             if flipped.timesteps is not None:
                 r = recurrence(dtype, flipped.timesteps)
             C2 = _readout(params, "C2", dtype)
             back = None if K is None else K[1]
-            y2, _ = _run(r, C2, x.flip(-2), None, flipped, mode, back, size)
+            y2, _ = _run(r, C2, None, x.flip(-2), None, flipped, mode, back, size)
             y = y + read_next(y2, flipped)
-        D = params["D"].to(dtype)
-        skip = D * x if D.ndim == 1 else (D * x.unsqueeze(-2)).flatten(-2)
-        y = y + skip
         if valid is not None:
             y = torch.where(valid.unsqueeze(-1), y, torch.zeros_like(y))
         return y.to(u.dtype), last
@@ -121,13 +121,12 @@ def step(
     check_input(where, u_t, D.shape[-1], D, rank=1, shape="(..., H)")
     check_state(where, state, u_t.shape[:-1], state_shape(params), u_t)
     with full_precision(u_t.device):
-        dtype = compute_dtype(params, u_t, state)
-        x = u_t.to(dtype)
-        r = recurrence(dtype, None)
-        state = r.A_bar * state.to(r.B_bar.dtype) + r.B_bar * x.unsqueeze(-1)
-        C = _readout(params, "C", dtype)
-        y = _flat((C * state.unsqueeze(-3)).sum(-1).real + D.to(dtype) * x.unsqueeze(-2))
-        return y.to(u_t.dtype), state
+        r = recurrence(compute_dtype(params, u_t, state), None)
+        C_im = params.get("C_im")
+        return siso_step(
+            u_t, state, r.A_bar, r.B_bar, None, None, params["C_re"], C_im, D,
+            1.0 if C_im is None else 2.0,
+        )  # fmt: skip
 
 
 def kernel(
@@ -186,6 +185,7 @@ def _flat(y: Tensor) -> Tensor:
 def _run(
     r: Recurrence,
     C: Tensor,
+    D: Tensor | None,
     x: Tensor,
     state: Tensor | None,
     layout: Layout,
@@ -193,10 +193,31 @@ def _run(
     kernel: Tensor | None,
     size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return y (..., L, Ch H) without D, and the final state, in one direction."""
-    if mode != "conv":
+    """Return y (..., L, Ch H) and the final state, in one direction."""
+    if mode == "scan" and r.A_bar.ndim == r.B_bar.ndim == 2 and layout.mask is None:
+        return _fused(r, C, D, x, state, layout)
+    if mode == "conv":
+        y, last = _run_convolution(r, C, x, state, layout, kernel, size)
+    else:
         h0 = r.B_bar.new_zeros(x.shape[:-2] + C.shape[-2:]) if state is None else state
-        return _recur(r, C, x, h0, layout, mode)
+        y, last = _recur(r, C, x, h0, layout, mode)
+    if D is None:
+        return y, last
+    if len(D) == 1:
+        return torch.addcmul(y, D[0], x), last  # one pass over memory
+    return y + _flat(D * x.unsqueeze(-2)), last
+
+
+def _run_convolution(
+    r: Recurrence,
+    C: Tensor,
+    x: Tensor,
+    state: Tensor | None,
+    layout: Layout,
+    kernel: Tensor | None,
+    size: int,
+) -> tuple[Tensor, Tensor]:
+    """Return y (..., L, Ch H) without D, and the final state."""
     p = r.powers(size)
     K = r.response(C * r.B_bar, size, p) if kernel is None else kernel[..., :size, :]
     K = K.unsqueeze(0) if K.ndim == 2 else K
@@ -220,6 +241,31 @@ def _convolve(
         every = torch.tensor(length, device=x.device)
         last = p.at(every if layout.lengths is None else layout.lengths) * state + last
     return _flat(y.movedim(-3, -2)), last
+
+
+def _fused(
+    r: Recurrence, C: Tensor, D: Tensor | None, x: Tensor, state: Tensor | None, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """Scan with coefficients constant in time: B moves into the readout, s = B_bar s'."""
+    length, reset = x.shape[-2], layout.resets(x.shape[-2])
+    runs = [
+        s4d_scan(x, r.A_bar, c * r.B_bar, d, lengths=layout.lengths, reset=reset)
+        for c, d in zip(C.unbind(0), [None] * len(C) if D is None else D.unbind(0), strict=True)
+    ]
+    y = torch.stack([y for y, _ in runs], -2) if len(runs) > 1 else runs[0][0].unsqueeze(-2)
+    last = r.B_bar * runs[0][1]
+    if state is not None:
+        p = r.powers(length)
+        free = evaluate(C * (r.A_bar * state).unsqueeze(-3), p, length).movedim(-3, -2)
+        every = torch.tensor(length, device=x.device)
+        onward = p.at(every if layout.lengths is None else layout.lengths) * state
+        if reset is not None:
+            first = (reset.cumsum(-1) == 0)[..., None, None]  # the document that the state is of
+            free = torch.where(first, free, torch.zeros_like(free))
+            through = ~reset.any(-1)[..., None, None]
+            onward = torch.where(through, onward, torch.zeros_like(onward))
+        y, last = y + free, last + onward
+    return _flat(y), last
 
 
 def _recur(

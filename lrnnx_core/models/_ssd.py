@@ -8,13 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends.transforms import full_precision
+from lrnnx_core.backends.transforms import autocasting, full_precision
 from lrnnx_core.models._common import check_choice, check_sizes
 from lrnnx_core.models._projected import check_parts, in_directions, rms_norm
 from lrnnx_core.ops.causal_conv1d import causal_conv1d
 from lrnnx_core.ops.linear_scan import linear_scan
 from lrnnx_core.ops.ssd import ssd
-from lrnnx_core.sequences import Layout
+from lrnnx_core.ops.steps import ssd_step
+from lrnnx_core.sequences import Layout, layout
 from lrnnx_core.types import Mode, Number, Params, TimestepMode
 
 DISCRETIZATIONS = ("mamba",)
@@ -117,13 +118,8 @@ def _one_way(
 ) -> tuple[Tensor, State]:
     mixed, heads = params["conv1d.weight"].shape[0], params["A_log"].shape[0]
     batch, length = parts.shape[:-2], parts.shape[-2]
-    width = parts.shape[-1] - mixed - heads
     groups = options.n_groups
-    if width < 1 or width % heads or (mixed - width) % (2 * groups) or heads % groups:
-        raise ValueError(
-            f"{where}: n_groups = {groups} does not fit {heads} heads and "
-            f"{mixed - width} channels of B and C"
-        )
+    width = _width(where, params, parts.shape[-1], groups)
     conv, h_shape = state_shapes(params, width, groups)
     if state is not None:
         check_parts(where, state, State, {"conv": (*batch, *conv), "h": (*batch, *h_shape)}, parts)
@@ -153,6 +149,67 @@ def _one_way(
         y = (y + params["D"].to(y.dtype).unsqueeze(-1) * x).flatten(-2)
         y = _gate(params, y, z.to(y.dtype), options)
     return y.to(parts.dtype), State(tail, h)
+
+
+def step(
+    where: str,
+    params: Params,
+    parts: Tensor,
+    state: State,
+    timestep: Tensor | None,
+    options: Options,
+    A: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """Take one step on in_proj's output (..., 2 E + 2 G N + nh); A is -exp(A_log), if at hand.
+
+    Returns:
+        What out_proj takes, (..., E), and the new state.
+    """
+    if (
+        not parts.is_cpu
+        or options.recurrent
+        or isinstance(options.dt_scale, Tensor)
+        or type(state) is not State
+        or autocasting(parts.device)
+    ):
+        gaps = None if timestep is None else timestep.unsqueeze(-1)
+        u = parts.unsqueeze(-2)
+        seq = layout(where, u, integration_timesteps=gaps)
+        y, new = inner(where, params, u, state, seq, options)
+        return y.squeeze(-2), new
+    batch, width = parts.shape[:-1], _width(where, params, parts.shape[-1], options.n_groups)
+    conv, h_shape = state_shapes(params, width, options.n_groups)
+    check_parts(where, state, State, {"conv": (*batch, *conv), "h": (*batch, *h_shape)}, parts)
+    A = rates(params) if A is None else A
+    if A.dtype is not parts.dtype or A.dtype is not state.h.dtype:
+        A = A.to(torch.promote_types(torch.promote_types(A.dtype, parts.dtype), state.h.dtype))
+    low, high = options.dt_limit
+    y, tail, h = ssd_step(
+        parts, state.conv, state.h, params["conv1d.weight"], params.get("conv1d.bias"),
+        params["dt_bias"], A, params["D"], params.get("norm.weight"),
+        None if timestep is None else timestep.expand(batch), options.n_groups, float(low),
+        float(high), float(options.dt_scale), options.timestep_mode == "state_only",
+        options.norm_before_gate,
+    )  # fmt: skip
+    return y, State(tail, h)
+
+
+def rates(params: Params) -> Tensor:
+    """Return A (nh,), at least float32."""
+    A_log = params["A_log"]
+    return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
+
+
+def _width(where: str, params: Params, total: int, groups: int) -> int:
+    """Return E for ``total`` channels of in_proj's output, or raise where the groups do not fit."""
+    mixed, heads = params["conv1d.weight"].shape[0], params["A_log"].shape[0]
+    width = total - mixed - heads
+    if width < 1 or width % heads or (mixed - width) % (2 * groups) or heads % groups:
+        raise ValueError(
+            f"{where}: n_groups = {groups} does not fit {heads} heads and "
+            f"{mixed - width} channels of B and C"
+        )
+    return width
 
 
 def _gate(params: Params, y: Tensor, z: Tensor, options: Options) -> Tensor:

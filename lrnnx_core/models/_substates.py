@@ -29,6 +29,7 @@ from lrnnx_core.models._common import (
 )
 from lrnnx_core.ops import causal_convolution, linear_scan, projected_convolution
 from lrnnx_core.ops.powers import Powers, accumulate, evaluate, powers
+from lrnnx_core.ops.steps import siso_step
 from lrnnx_core.ops.vandermonde import vandermonde
 from lrnnx_core.sequences import Layout, align_right, at_length
 from lrnnx_core.types import Discrete, Mode, Params
@@ -238,6 +239,11 @@ def step(
         dtype = compute_dtype(params, u_t, state)
         r = recurrence(dtype, None)
         c = Connection.of(params, variant, dtype, second=False)
+        if c.E is not None and variant in ("neck", "dws"):
+            x = u_t.to(dtype)
+            v = x if c.B is None else x @ c.B.mT
+            s, new = siso_step(v, state, r.A_bar, r.gamma, None, None, c.E, None, None, 1.0)
+            return (s if c.C is None else s @ c.C.mT).to(u_t.dtype), new
         drive = c.drive(u_t.to(dtype), shape)
         state = r.A_bar * state.to(r.A_bar.dtype) + r.gamma * drive
         return c.read(state).to(u_t.dtype), state

@@ -300,12 +300,12 @@ def scan(
         integration_timesteps=integration_timesteps,
     )  # fmt: skip
 
-    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
+    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence | _mimo.Flow:
         if discrete is not None:
             return _mimo.given(discrete, where, params, dtype, timesteps)
-        return _recurrence(
-            where, params, dtype, timesteps, timestep_mode, discretization, alpha, dt_scale,
-            clip_eigs,
+        return s5.sequence(
+            where, params, dtype, timesteps, timestep_mode, _scheme(discretization), alpha,
+            dt_scale, clip_eigs, u.is_cuda,
         )  # fmt: skip
 
     return _mimo.scan(
@@ -353,12 +353,12 @@ def step(
     where = "event_ssm.step"
     check_timestep(where, integration_timestep, u_t)
 
-    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
+    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence | _mimo.Flow:
         if discrete is not None:
             return _mimo.given(discrete, where, params, dtype, integration_timestep)
-        return _recurrence(
-            where, params, dtype, integration_timestep, timestep_mode, discretization, alpha,
-            dt_scale, clip_eigs,
+        return s5.sequence(
+            where, params, dtype, integration_timestep, timestep_mode, _scheme(discretization),
+            alpha, dt_scale, clip_eigs,
         )  # fmt: skip
 
     return _mimo.step(where, params, u_t, state, recurrence, scale=_scale(conj_sym))
@@ -441,10 +441,10 @@ def pooled_scan(
     check_input(where, u, B.shape[1], B, rank=2, shape="(..., L, H)")
     seq = layout(where, u, lengths=lengths, mask=mask, integration_timesteps=integration_timesteps)
 
-    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
-        return _recurrence(
-            where, params, dtype, timesteps, timestep_mode, discretization, alpha, dt_scale,
-            clip_eigs,
+    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence | _mimo.Flow:
+        return s5.sequence(
+            where, params, dtype, timesteps, timestep_mode, _scheme(discretization), alpha,
+            dt_scale, clip_eigs,
         )  # fmt: skip
 
     return _event_pooling.scan(
@@ -455,6 +455,10 @@ def pooled_scan(
 
 def _scale(conj_sym: bool) -> float:
     return 2.0 if conj_sym else 1.0
+
+
+def _scheme(discretization: Discretization | None) -> Discretization:
+    return "async" if discretization is None else discretization
 
 
 def _recurrence(
@@ -470,8 +474,8 @@ def _recurrence(
 ) -> _mimo.Recurrence:
     """Return S5's recurrence with the asynchronous rule as the default."""
     return s5.discretized(
-        where, params, dtype, timesteps, timestep_mode,
-        "async" if discretization is None else discretization, alpha, dt_scale, clip_eigs,
+        where, params, dtype, timesteps, timestep_mode, _scheme(discretization), alpha, dt_scale,
+        clip_eigs,
     )  # fmt: skip
 
 

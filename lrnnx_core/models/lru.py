@@ -258,10 +258,10 @@ def scan(
         integration_timesteps=integration_timesteps,
     )  # fmt: skip
 
-    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
+    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence | _mimo.Flow:
         if discrete is not None:
             return _mimo.given(discrete, "lru.scan", params, dtype, timesteps)
-        return _recurrence(
+        return _sequence(
             "lru.scan", params, dtype, timesteps, timestep_mode, discretization, dt_scale
         )
 
@@ -322,6 +322,22 @@ def _recurrence(
     discretization: str | None,
     dt_scale: Number,
 ) -> _mimo.Recurrence:
+    r = _sequence(where, params, dtype, timesteps, timestep_mode, discretization, dt_scale)
+    if isinstance(r, _mimo.Recurrence):
+        return r
+    return r.discretized()._replace(gamma=None)
+
+
+def _sequence(
+    where: str,
+    params: Params,
+    dtype: torch.dtype,
+    timesteps: Tensor | None,
+    timestep_mode: str,
+    discretization: str | None,
+    dt_scale: Number,
+) -> _mimo.Recurrence | _mimo.Flow:
+    """Return what a scan runs: under irregular time the flow exp(z tau) with a constant gain."""
     check_choice(where, "discretization", discretization or "none", DISCRETIZATIONS)
     check_choice(where, "timestep_mode", timestep_mode, ("state_only",))
     with full_precision(params["nu_log"].device):
@@ -331,4 +347,5 @@ def _recurrence(
         B = pair(params, "B", dtype)
         if timesteps is None:
             return _mimo.Recurrence(torch.exp(z), gamma, B, z)
-        return _mimo.Recurrence(torch.exp(z * timesteps.to(dtype).unsqueeze(-1)), gamma, B)
+        B = gamma.unsqueeze(-1) * B
+        return _mimo.Flow(z, None, timesteps.to(dtype), "dirac", "state_only", B)

@@ -292,8 +292,7 @@ def run(
     **sequence: Tensor | None,
 ) -> tuple[Tensor, State]:
     """Run the block over a sequence; STREAM's too, which differs in its parameters."""
-    if "dtA_bias" in params and not where.startswith("stream"):
-        raise ValueError(f"{where}: params have dtA_bias, they are STREAM's; use stream.scan")
+    check_family(where, params)
     weight = params["in_proj.weight"]
     check_input(where, u, weight.shape[1], weight, rank=2, shape="(..., L, H)")
 
@@ -314,13 +313,21 @@ def run_step(
     timestep: Tensor | None,
     options: _selective.Options,
 ) -> tuple[Tensor, State]:
-    """Take one step as a sequence of one sample."""
+    """Take one step; STREAM's too."""
+    check_family(where, params)
     weight = params["in_proj.weight"]
     check_input(where, u_t, weight.shape[1], weight, rank=1, shape="(..., H)")
     check_timestep(where, timestep, u_t)
-    gaps = None if timestep is None else timestep.unsqueeze(-1)
-    y, new = run(where, params, u_t.unsqueeze(-2), state, options, integration_timesteps=gaps)
-    return y.squeeze(-2), new
+    xz = _projected.linear(params, "in_proj", u_t)
+    y, new = _selective.step(where, params, xz, state, timestep, options)
+    return _projected.linear(params, "out_proj", y).to(u_t.dtype), new
+
+
+def check_family(where: str, params: Params) -> None:
+    """Raise if the parameters of STREAM are given to Mamba."""
+    if "dtA_bias" in params and not where.startswith("stream"):
+        function = where.rsplit(".", maxsplit=1)[-1]
+        raise ValueError(f"{where}: params have dtA_bias, they are STREAM's; use stream.{function}")
 
 
 def rank_of(

@@ -287,9 +287,9 @@ def step(
         where, discretization, timestep_mode, dt_scale, dt_limit, n_groups, norm_before_gate,
         "auto", 64,
     )  # fmt: skip
-    gaps = None if integration_timestep is None else integration_timestep.unsqueeze(-1)
-    y, new = _run(where, params, u_t.unsqueeze(-2), state, options, integration_timesteps=gaps)
-    return y.squeeze(-2), new
+    parts = _projected.linear(params, "in_proj", u_t)
+    y, new = _ssd.step(where, params, parts, state, integration_timestep, options)
+    return _projected.linear(params, "out_proj", y).to(u_t.dtype), new
 
 
 def _run(

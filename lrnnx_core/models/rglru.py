@@ -314,10 +314,9 @@ def step(
     weight = params["linear_x.weight"]
     check_input("rglru.step", u_t, weight.shape[1], weight, rank=1, shape="(..., H)")
     check_timestep("rglru.step", integration_timestep, u_t)
-    gaps = None if integration_timestep is None else integration_timestep.unsqueeze(-1)
-    seq = Layout(None, None, None, gaps)
-    y, new = _run("rglru.step", params, u_t.unsqueeze(-2), state, seq, options)
-    return y.squeeze(-2), new
+    x, y = (_projected.linear(params, name, u_t) for name in ("linear_x", "linear_y"))
+    out, new = _griffin.step("rglru.step", params, x, y, state, integration_timestep, options)
+    return _projected.linear(params, "linear_out", out).to(u_t.dtype), new
 
 
 def _run(

@@ -32,6 +32,7 @@ from lrnnx_core.models._common import (
     full_precision,
     zero_state,
 )
+from lrnnx_core.models._dplr import Transition
 from lrnnx_core.models._s4_run import Choices
 from lrnnx_core.models._siso import complex_of
 from lrnnx_core.models._transforms import (
@@ -464,14 +465,41 @@ def step(
         _s4_scan.check_given(where, params, discrete, integration_timestep)
     with full_precision(u_t.device):
         dtype = compute_dtype(params, u_t, state)
-        x, h = u_t.to(dtype), state.to(complex_of(dtype))
         if discrete is None:
             at = _s4_run.transition(params, dtype, choices, integration_timestep)
-            h = at.advance(h, x)
-        else:
-            h = _s4_run.dense_step((discrete[0].to(dtype), discrete[1].to(dtype)), h, x)
+            return _s4_run.low_rank_step(params, u_t, state, at, choices)
+        x, h = u_t.to(dtype), state.to(complex_of(dtype))
+        h = _s4_run.dense_step((discrete[0].to(dtype), discrete[1].to(dtype)), h, x)
         y = _s4_run.reader(params, "C", choices, dtype)(h) + D.to(dtype) * x.unsqueeze(-2)
         return y.flatten(-2).to(u_t.dtype), h
+
+
+def transition(
+    params: Params,
+    *,
+    dt_scale: float = 1.0,
+    dt_transform: StepTransform = "exp",
+    A_transform: RealTransform = "exp",
+) -> Transition:
+    """Return the discrete system in its low-rank form, computed once for many steps."""
+    choices = _choices("s4.transition", None, dt_scale, dt_transform, A_transform, None, "both")
+    with full_precision(params["D"].device):
+        return _s4_run.transition(params, compute_dtype(params), choices)
+
+
+def advance(
+    where: str, params: Params, u_t: Tensor, state: Tensor, at: Transition
+) -> tuple[Tensor, Tensor]:
+    """Take one `step` with the true C and a `transition` made before."""
+    D = params["D"]
+    check_input(where, u_t, D.shape[-1], D, rank=1, shape="(..., H)")
+    check_state(where, state, u_t.shape[:-1], params["C_re"].shape[-2:], u_t)
+    with full_precision(u_t.device):
+        kind = complex_of(compute_dtype(params, u_t, state))
+        if at.a.dtype is not kind:
+            at = Transition(*(t.to(kind) for t in at))
+        choices = _s4_run.Choices("exp", "exp", 1.0, None)
+        return _s4_run.low_rank_step(params, u_t, state, at, choices)
 
 
 def c_to_ctilde(

@@ -369,12 +369,12 @@ def scan(
         integration_timesteps=integration_timesteps,
     )  # fmt: skip
 
-    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
+    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence | _mimo.Flow:
         if discrete is not None:
             return _mimo.given(discrete, "s5.scan", params, dtype, timesteps)
-        return discretized(
+        return sequence(
             "s5.scan", params, dtype, timesteps, timestep_mode, discretization, alpha, dt_scale,
-            clip_eigs,
+            clip_eigs, u.is_cuda,
         )  # fmt: skip
 
     return _mimo.scan(
@@ -421,10 +421,10 @@ def step(
     """
     check_timestep("s5.step", integration_timestep, u_t)
 
-    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
+    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence | _mimo.Flow:
         if discrete is not None:
             return _mimo.given(discrete, "s5.step", params, dtype, integration_timestep)
-        return discretized(
+        return sequence(
             "s5.step", params, dtype, integration_timestep, timestep_mode, discretization, alpha,
             dt_scale, clip_eigs,
         )  # fmt: skip
@@ -444,15 +444,44 @@ def discretized(
     clip_eigs: bool,
 ) -> _mimo.Recurrence:
     """Discretize for ``where``, in this real dtype; the choices are those of `discretize`."""
+    r = sequence(
+        where, params, dtype, timesteps, timestep_mode, discretization, alpha, dt_scale, clip_eigs
+    )
+    return r if isinstance(r, _mimo.Recurrence) else r.discretized()
+
+
+def sequence(
+    where: str,
+    params: Params,
+    dtype: torch.dtype,
+    timesteps: Tensor | None,
+    timestep_mode: TimestepMode,
+    discretization: Discretization | None,
+    alpha: Number | None,
+    dt_scale: Number,
+    clip_eigs: bool,
+    always: bool = False,
+) -> _mimo.Recurrence | _mimo.Flow:
+    """Return what a scan runs: under irregular time, what it needs to discretize as it goes.
+
+    ``always``: in regular time too, which saves a GPU the launches of some fifty small operations.
+    """
     scheme = "zoh" if discretization is None else discretization
     resolve(scheme, timestep_mode, alpha, DISCRETIZATIONS, where)
     with full_precision(params["log_dt"].device):
         re, im = params["Lambda_re"].to(dtype), params["Lambda_im"].to(dtype)
         Lambda = torch.complex(re.clamp(max=MAX_REAL) if clip_eigs else re, im)
         dt = torch.exp(params["log_dt"].to(dtype)) * dt_scale
+        B = pair(params, "B", dtype)
+        if timesteps is not None:
+            timesteps = timesteps.to(dtype)
+        if timesteps is not None or always:
+            flow = _mimo.Flow.of(Lambda, dt, timesteps, scheme, timestep_mode, B)
+            if flow is not None:
+                return flow
         A_bar, gamma = discretize_diagonal(
             Lambda, dt, discretization=scheme, timestep_mode=timestep_mode, alpha=alpha,
-            integration_timesteps=None if timesteps is None else timesteps.to(dtype),
+            integration_timesteps=timesteps,
         )  # fmt: skip
         z = dt * Lambda if scheme in EXPONENTIAL and timesteps is None else None
-        return _mimo.Recurrence(A_bar, gamma, pair(params, "B", dtype), z)
+        return _mimo.Recurrence(A_bar, gamma, B, z)

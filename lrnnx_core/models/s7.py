@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lrnnx_core import initialize
-from lrnnx_core.models import _mimo, _s7_delta, _s7_full, s5
+from lrnnx_core.models import _mimo, _projected, _s7_delta, _s7_full, s5
 from lrnnx_core.models._common import (
     check_choice,
     check_input,
@@ -276,11 +276,11 @@ def scan(
             bidirectional=bidirectional,
         )  # fmt: skip
 
-    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
-        return _s7_delta.recurrence(where, params, x, dtype, timesteps, options)
+    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence | _mimo.Flow:
+        return _s7_delta.sequence(where, params, x, dtype, timesteps, options)
 
-    def flipped(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
-        return _s7_delta.recurrence(where, params, x.flip(-2), dtype, timesteps, options)
+    def flipped(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence | _mimo.Flow:
+        return _s7_delta.sequence(where, params, x.flip(-2), dtype, timesteps, options)
 
     return _mimo.scan(
         where, params, x, state, recurrence, layout=seq, mode=mode,
@@ -331,13 +331,13 @@ def step(
     width = params["B_re" if variant == "delta" else "in_proj.weight"]
     check_input(where, u_t, width.shape[1], width, rank=1, shape="(..., H)")
     if options is None:
-        seq = layout(where, u_t.unsqueeze(-2))
-        y, state = _s7_full.scan(where, params, u_t.unsqueeze(-2), state, seq)
-        return y.squeeze(-2), state
+        v = _projected.linear(params, "in_proj", u_t)
+        y, state = _s7_full.step(where, params, v, state)
+        return _s7_full.gate(params, y).to(u_t.dtype), state
     check_timestep(where, integration_timestep, u_t)
 
-    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
-        return _s7_delta.recurrence(where, params, u_t, dtype, integration_timestep, options)
+    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence | _mimo.Flow:
+        return _s7_delta.sequence(where, params, u_t, dtype, integration_timestep, options)
 
     return _mimo.step(where, params, u_t, state, recurrence, scale=2.0 if conj_sym else 1.0)
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import blocked_conv1d, cuda_conv1d, library
+from lrnnx_core.backends import blocked_conv1d, cpu, cuda_conv1d, library
 from lrnnx_core.backends.reference import state_dtype
 from lrnnx_core.backends.transforms import (
     allow_in_graph,
@@ -284,3 +284,4 @@ for _function in (_Convolution.forward, _ConvolutionBackward.forward):
     positional_only(_function)
 allow_in_graph(_causal_conv1d)
 _CUDA = cuda_conv1d.implement()
+_CPU = cpu.implement("causal_conv1d", "causal_conv1d", "causal_conv1d_backward")

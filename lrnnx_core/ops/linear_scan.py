@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import blocked, cuda_linear_scan, library, reference
+from lrnnx_core.backends import blocked, cpu, cuda_linear_scan, library, reference
 from lrnnx_core.backends.transforms import (
     allow_in_graph,
     forward_mode_depth,
@@ -325,3 +325,4 @@ for _function in (_Scan.forward, _ScanBackward.forward):
     positional_only(_function)
 allow_in_graph(_linear_scan)
 _CUDA = cuda_linear_scan.implement()
+_CPU = cpu.implement("linear_scan", "linear_scan", "linear_scan_backward")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import blocked_rg_lru, cuda_rg_lru, library, reference
+from lrnnx_core.backends import blocked_rg_lru, cpu, cuda_rg_lru, library, reference
 from lrnnx_core.backends.transforms import (
     allow_in_graph,
     differentiation_depth,
@@ -310,3 +310,4 @@ for _function in (_Gated.forward, _GatedBackward.forward):
     positional_only(_function)
 allow_in_graph(_rg_lru_scan)
 _CUDA = cuda_rg_lru.implement()
+_CPU = cpu.implement("rg_lru", "rg_lru_scan", "rg_lru_scan_backward")

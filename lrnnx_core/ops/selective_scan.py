@@ -9,19 +9,19 @@ derivative of an eager graph goes through the derivative of that composite.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import blocked_selective, cuda_selective_scan, library, reference
+from lrnnx_core.backends import blocked_selective, cpu, cuda_selective_scan, library, reference
 from lrnnx_core.backends.transforms import (
     allow_in_graph,
     differentiation_depth,
     dual_level_active,
     forward_mode_depth,
     full_precision,
+    positional_only,
 )
 from lrnnx_core.discretize import FUSED, resolve
 from lrnnx_core.ops.linear_scan import linear_scan
@@ -132,33 +132,34 @@ def _prepare(x: Arguments) -> Arguments:
     decay = x.decay_dt
     if decay is not None and decay.ndim == 1:
         decay = decay.unsqueeze(0)
-    x = x._replace(B=_matrix("B", x.B, u, states), C=_matrix("C", x.C, u, states), decay_dt=decay)
-    parameters = {"A": (width, states), "D": (width,), "dt_bias": (width,)}
-    for name, shape in parameters.items():
-        value = getattr(x, name)
-        if value is not None and tuple(value.shape) != shape:
+    B, C = _matrix("B", x.B, u, states), _matrix("C", x.C, u, states)
+    x = Arguments(
+        u, x.dt, A, B, C, x.D, x.z, x.dt_bias, x.h0, decay, x.timesteps, x.reset
+    )  # fmt: skip
+    for name, value, shape in (
+        ("A", A, (width, states)), ("D", x.D, (width,)), ("dt_bias", x.dt_bias, (width,)),
+    ):  # fmt: skip
+        if value is not None and value.shape != shape:
             raise ValueError(f"selective_scan: {name} {tuple(value.shape)}, expected {shape}")
-    sequence, any_time = (length, width), -1  # a time axis of 1 is constant in time
-    ends = {
-        "u": sequence, "dt": sequence, "z": sequence, "B": (any_time, x.B.shape[-2], states),
-        "C": (any_time, x.C.shape[-2], states), "h0": (width, states),
-        "decay_dt": (any_time, width), "timesteps": (length,), "reset": (length,),
-    }  # fmt: skip
+    sequence = (length, width)
+    ends = (
+        ("u", u, sequence), ("dt", x.dt, sequence), ("z", x.z, sequence),
+        ("B", B, (_time(B, 3, length), B.shape[-2], states)),
+        ("C", C, (_time(C, 3, length), C.shape[-2], states)), ("h0", x.h0, (width, states)),
+        ("decay_dt", decay, sequence if decay is None else (_time(decay, 2, length), width)),
+        ("timesteps", x.timesteps, (length,)), ("reset", x.reset, (length,)),
+    )  # fmt: skip
     leads: dict[str, torch.Size] = {}
-    for name, end in ends.items():
-        value = getattr(x, name)
+    for name, value, end in ends:
         if value is None:
             continue
-        have = tuple(value.shape[max(value.ndim - len(end), 0) :])
-        if len(have) != len(end) or any(
-            h not in (1, length) if e == any_time else h != e
-            for h, e in zip(have, end, strict=True)
-        ):
+        split = value.ndim - len(end)
+        if split < 0 or value.shape[split:] != end:
             raise ValueError(
                 f"selective_scan: {name} {tuple(value.shape)} does not fit u {tuple(u.shape)} "
                 f"and A {tuple(A.shape)}"
             )
-        leads[name] = value.shape[: value.ndim - len(end)]
+        leads[name] = value.shape[:split]
     try:  # broadcast_shapes takes as long as the rest of this function
         alike = all(lead == leads["u"] for lead in leads.values())
         batch = leads["u"] if alike else torch.broadcast_shapes(*leads.values())
@@ -173,6 +174,11 @@ def _prepare(x: Arguments) -> Arguments:
         if lead != batch
     }
     return x._replace(**wide)
+
+
+def _time(value: Tensor, axis: int, length: int) -> int:
+    """Return the length that the time axis (from the end) must have: 1 is constant in time."""
+    return 1 if value.ndim >= axis and value.shape[-axis] == 1 else length
 
 
 def _check_kinds(x: Arguments) -> None:
@@ -376,6 +382,7 @@ _leaf_backward = library.define(
     fake=_fake_backward,
 )
 for _function in (_Selective.forward, _SelectiveBackward.forward):
-    setattr(_function, "__signature__", inspect.signature(_function))  # noqa: B010
+    positional_only(_function)
 allow_in_graph(_selective_scan)
 _CUDA = cuda_selective_scan.implement()
+_CPU = cpu.implement("selective_scan", "selective_scan", "selective_scan_backward")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import library
+from lrnnx_core.backends import cpu, library
 from lrnnx_core.backends.transforms import allow_in_graph, forward_mode_depth
 from lrnnx_core.types import Backend
 
@@ -218,3 +218,4 @@ _leaf_outer = library.define(
 for _function in (_Contract.forward, _Outer.forward):
     setattr(_function, "__signature__", inspect.signature(_function))  # noqa: B010
 allow_in_graph(_contract)
+_CPU = cpu.implement("trilinear", "trilinear", "trilinear_outer")

@@ -67,6 +67,8 @@ def check_range(
     """
     if values.device.type != "cpu" or type(values) is not Tensor or transform_active():
         return
+    if valid is None and values.numel() == 1 and 0 <= int(values) < limit:
+        return
     bad = (values < 0) | (values >= limit)
     if valid is not None:
         bad = bad & valid

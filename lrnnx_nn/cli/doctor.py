@@ -49,7 +49,20 @@ def _python() -> list[Finding]:
 
 
 def _numba() -> list[Finding]:
-    return [_package("numba", "cpu", "CPU kernels")]
+    numba = _package("numba", "cpu", "CPU kernels")
+    if numba.remedy:
+        return [numba, Finding("CPU ops", "plain PyTorch (no numba)")]
+    if os.environ.get("LRNNX_CPU_BACKEND") == "torch":
+        return [numba, Finding("CPU ops", "plain PyTorch (LRNNX_CPU_BACKEND=torch)")]
+    try:
+        compiling = importlib.import_module("lrnnx_core.backends.cpu.compiling")
+    except ImportError as error:
+        return [numba, Finding("CPU ops", f"plain PyTorch ({error})", "another numba or numpy")]
+    folder = compiling.cache_folder()
+    cache = Finding("CPU cache", str(folder))
+    if folder is None:
+        cache = Finding("CPU cache", "no folder can be written", "set NUMBA_CACHE_DIR to one")
+    return [numba, Finding("CPU ops", "compiled, by numba"), cache]
 
 
 def _demo() -> list[Finding]:

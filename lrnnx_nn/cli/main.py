@@ -169,7 +169,7 @@ def build_parser(task: str = "classify", *, resumes: bool = False) -> argparse.A
     warmup = commands.add_parser("warmup", help="compile the kernels ahead of their first use")
     warmup.set_defaults(module="warmup")
     warmup.add_argument(
-        "--device", default="cuda", help="cuda, or cuda:1 ... (default: %(default)s)"
+        "--device", default="cuda", help="cuda, cuda:1 ..., or cpu (default: %(default)s)"
     )
     return parser
 

@@ -18,7 +18,7 @@ from lrnnx_nn.cli.progress import Progress
 from lrnnx_nn.data import load_dataset
 from lrnnx_nn.recipes import TrainingConfig
 from lrnnx_nn.training import RunResult, resume_run, train_run
-from lrnnx_nn.training.folder import check_folder
+from lrnnx_nn.training.folder import check_folder, elapsed
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -112,7 +112,7 @@ def _report(outcome: RunResult) -> None:
         lines.append(("validation accuracy", f"{value:.2f} % (epoch {epoch})"))
     lines += [
         ("parameters", f"{result['parameters']:,}"),
-        ("time", f"{result['seconds']:.1f} s on {result['device']}"),
+        ("time", elapsed(result)),
         ("run folder", str(outcome.folder)),
     ]
     print(table(lines))

@@ -185,12 +185,13 @@ def _model_config(arguments: argparse.Namespace) -> Any:
 
 def _end(outcome: Any) -> int:
     from lrnnx_nn.training import denoise
+    from lrnnx_nn.training.folder import elapsed
 
     result = outcome.result
     print(table([
         *denoise.report(result),
         ("parameters", f"{result['parameters']:,}"),
-        ("time", f"{result['seconds']:.1f} s on {result['device']}"),
+        ("time", elapsed(result)),
         ("run folder", str(outcome.folder)),
     ]))  # fmt: skip
     if result["diverged"]:

@@ -143,12 +143,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _end(outcome: Any) -> int:
     from lrnnx_nn.training import forecast
+    from lrnnx_nn.training.folder import elapsed
 
     result = outcome.result
     print(table([
         *forecast.report(result),
         ("parameters", f"{result['parameters']:,}"),
-        ("time", f"{result['seconds']:.1f} s on {result['device']}"),
+        ("time", elapsed(result)),
         ("run folder", str(outcome.folder)),
     ]))  # fmt: skip
     if result["diverged"]:

@@ -190,8 +190,9 @@ def _continue(
     )
     taken = 0
     interval = 1
-    if streamer is None and device.type != "cpu":  # looking at values makes the host wait
-        interval = LOOKS if len(stop) else count
+    if streamer is None:  # looking at values makes the host wait
+        on_cpu = device.type == "cpu"
+        interval = (1 if on_cpu else LOOKS) if len(stop) else LOOKS if on_cpu else count
 
     def step(carry: _Carry) -> _Carry:
         return _next(model, sampling, pad_token, carry)

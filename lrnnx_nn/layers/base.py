@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -22,11 +22,70 @@ _PER_CALL = frozenset(
 _PLACE = frozenset({"generator", "device", "dtype"})
 
 
-class _Kept(NamedTuple):
-    """A value that evaluation keeps, and the parameters it was made from."""
+class _Entry(NamedTuple):
+    """Where a parameter stands, and what it was when it was read."""
 
-    stamp: Any
-    parameters: list[Tensor]
+    owner: Mapping[str, Tensor | None]
+    leaf: str
+    tensor: Tensor
+    alias: Tensor  # keeps the memory: the address of what is gone is used again
+    address: int
+    version: int
+
+
+class Held:
+    """The parameters of a layer as evaluation last read them, and what was made of them.
+
+    Args:
+        layer: whose.
+        keys: the names of its parameters.
+    """
+
+    def __init__(self, layer: nn.Module, keys: Iterable[str]) -> None:
+        self.params: Params = {}
+        self.options: dict[str, dict[str, Any]] = {}
+        self.made: dict[Any, Any] = {}
+        """What does not depend on a call, by name; gone with the first change of a parameter."""
+        self._groups: dict[int, tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
+        self._entries: list[_Entry] = []
+        self.whole = True
+        for key in keys:
+            owner, (*path, leaf) = layer, key.split(".")
+            for part in path:
+                child = getattr(owner, part)
+                self._groups[id(child)] = (owner._modules, part, child)
+                owner = child
+            value = getattr(owner, leaf)
+            self.params[key] = value
+            # computed anew at every look (parametrized), or without a count of its changes
+            if owner._parameters.get(leaf) is not value or value.is_inference():
+                self.whole = False
+                return
+            alias = value.detach()
+            self._entries.append(
+                _Entry(owner._parameters, leaf, value, alias, value.data_ptr(), value._version)
+            )
+
+    def current(self) -> bool:
+        """Return whether no parameter was replaced, or written to in place."""
+        for modules, name, module in self._groups.values():
+            if modules.get(name) is not module:
+                return False
+        for owner, leaf, tensor, _, address, version in self._entries:
+            if (
+                owner.get(leaf) is not tensor
+                or tensor._version != version
+                or tensor.data_ptr() != address
+            ):
+                return False
+        return True
+
+
+class _Kept(NamedTuple):
+    """A value that evaluation keeps, the call it was made for and the parameters it is made of."""
+
+    key: tuple[Any, ...]
+    held: Held
     value: Any
 
 
@@ -93,6 +152,7 @@ class Layer(nn.Module):
         self._init_options = {k: v for k, v in options.items() if k in initial}
         self._options = {k: v for k, v in options.items() if k in running or k in initial}
         self._cache: dict[str, _Kept] = {}
+        self._held: Held | None = None
         self._watched = self._warned = False
         self._keys: tuple[str, ...] = ()
         self._register(self._draw(generator, device, dtype))
@@ -203,13 +263,15 @@ class Layer(nn.Module):
         self._check_causal("step")
         self._check_scale(dt_scale)
         self._watch_stability(u_t)
-        options = self._known("step") | {"dt_scale": dt_scale}
+        held = self._hold()
+        params = self.params if held is None else held.params
+        options = {**self._known("step", held), "dt_scale": dt_scale}
         if integration_timestep is not None:
             self._check_values(u_t, integration_timestep, None)
             options["integration_timestep"] = integration_timestep
-        elif (discrete := self._discrete(dt_scale)) is not None:
+        elif held is not None and (discrete := self._discrete(dt_scale, held)) is not None:
             options["discrete"] = discrete
-        return self.model.step(self.params, u_t, state, **options)
+        return self.model.step(params, u_t, state, **options)
 
     def check_stability(self) -> None:
         """Warn, once in this layer's life, if a time-invariant recurrence is unstable.
@@ -272,9 +334,15 @@ class Layer(nn.Module):
         """Return the length of kernel that a convolution of u takes."""
         return chunk_length(type(self).__name__, self._options.get("chunk_size"), u)
 
-    def _known(self, function: str) -> dict[str, Any]:
+    def _known(self, function: str, held: Held | None = None) -> dict[str, Any]:
+        """Return the options that a function of the model has; ``held`` remembers them."""
+        if held is not None and function in held.options:
+            return held.options[function]
         names = registry.options(self.model, function)
-        return {k: v for k, v in self._options.items() if k in names}
+        known = {k: v for k, v in self._options.items() if k in names}
+        if held is not None:
+            held.options[function] = known
+        return known
 
     def _draw(
         self,
@@ -329,14 +397,16 @@ class Layer(nn.Module):
 
     # --- what evaluation need not compute twice -------------------------------------------------
 
-    def _discrete(self, dt_scale: float | Tensor) -> Any:
+    def _discrete(self, dt_scale: float | Tensor, held: Held) -> Any:
         if "discrete" not in registry.options(self.model, "step"):
             return None
-        options = self._known("discretize")
         return self._cached(
             "discrete",
             (dt_scale,),
-            lambda: self.model.discretize(self.params, dt_scale=dt_scale, **options),
+            lambda: self.model.discretize(
+                held.params, dt_scale=dt_scale, **self._known("discretize", held)
+            ),
+            held,
         )
 
     def _kernel(self, u: Tensor, dt_scale: float | Tensor) -> Tensor | None:
@@ -354,34 +424,44 @@ class Layer(nn.Module):
         """Return whether this is evaluation, without gradients and outside every transform."""
         return not (self.training or torch.is_grad_enabled() or transform_active())
 
-    def _cached(self, what: str, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+    def _hold(self) -> Held | None:
+        """Return the parameters in evaluation, read again where one has changed.
+
+        None where nothing may be kept: in training, with gradients, in every transform, for
+        parameters that do not count their changes. What is written through ``.data`` PyTorch does
+        not count: call ``train()`` or ``eval()`` after that.
+        """
+        if not self._may_keep():
+            return None
+        held = self._held
+        if held is None or not held.current():
+            held = Held(self, self._held_keys())
+            self._held = held if held.whole else None
+        return self._held
+
+    def _held_keys(self) -> Iterable[str]:
+        """Return the names of the parameters that the layer reads itself."""
+        return self._keys
+
+    def _cached(
+        self, what: str, key: tuple[Any, ...], make: Callable[[], Any], held: Held | None = None
+    ) -> Any:
         """Return a value made once for these parameters, or None where it must not be kept.
 
         It is kept in evaluation without gradients, outside every transform, until a parameter is
-        replaced or written to in place. What is written through ``.data`` PyTorch does not count:
-        call ``train()`` or ``eval()`` after that.
+        replaced or written to in place.
         """
-        parameters = list(self.params.values())
-        if (
-            not self._may_keep()
-            or any(isinstance(k, Tensor) for k in key)
-            or any(p.is_inference() for p in parameters)
-        ):
+        held = self._hold() if held is None else held
+        if held is None or any(isinstance(k, Tensor) for k in key):
             return None
-        stamp = (key, tuple((p.data_ptr(), p.dtype, p.device, p._version) for p in parameters))
-        held = self._cache.get(what)
-        # the entry holds the tensors themselves: the address of one that is gone is used again
-        if (
-            held is None
-            or held.stamp != stamp
-            or any(a is not b for a, b in zip(held.parameters, parameters, strict=True))
-        ):
-            self._cache[what] = held = _Kept(stamp, parameters, make())
-        return held.value
+        kept = self._cache.get(what)
+        if kept is None or kept.held is not held or kept.key != key:
+            self._cache[what] = kept = _Kept(key, held, make())
+        return kept.value
 
     def train(self, mode: bool = True) -> Layer:
         """Set the training mode; what evaluation kept is dropped."""
-        self._cache.clear()
+        self._forget()
         self._watched = False
         return super().train(mode)
 
@@ -394,15 +474,20 @@ class Layer(nn.Module):
             narrowed = out.is_floating_point() and out.dtype.itemsize < 4
             return t.to(out.device) if narrowed and id(t) in wide else out
 
-        self._cache.clear()
+        self._forget()
         return super()._apply(guarded, recurse)
+
+    def _forget(self) -> None:
+        """Drop what evaluation keeps."""
+        self._cache.clear()
+        self._held = None
 
     def _wide_keys(self) -> tuple[str, ...]:
         kept = self.kept_wide
         return self._keys if kept is None else tuple(k for k in self._keys if k in kept)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}}
+        return {**self.__dict__, "_cache": {}, "_held": None}
 
 
 def _reach(module: nn.Module, key: str) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 from lrnnx_core.models import _selective
 from lrnnx_core.models.mamba import options_of
 from lrnnx_core.sequences import Layout
-from lrnnx_core.types import Discretization
+from lrnnx_core.types import Discretization, Params
+from lrnnx_nn.layers.base import Held
 from lrnnx_nn.layers.projected import ProjectedLayer, in_directions
 
 
@@ -40,20 +41,38 @@ class Mamba(ProjectedLayer):
     def _inner(
         self, u: Tensor, state: Any, seq: Layout, mode: str, options: dict[str, Any]
     ) -> tuple[Tensor, Any]:
-        default_mode = self.model.timestep_modes[0]
-        bundled = options_of(
+        bundled = self._bundle(options, mode)
+        xz = self._project("in_proj", u)
+        y, new = _selective.inner(self.name, self._inner_params(), xz, state, seq, bundled)
+        return self._project("out_proj", y), new
+
+    def _step(
+        self,
+        u_t: Tensor,
+        state: Any,
+        timestep: Tensor | None,
+        dt_scale: float | Tensor,
+        params: Params,
+        held: Held | None,
+    ) -> tuple[Tensor, Any]:
+        bundled, A = self._kept_for_steps(
+            held, dt_scale, lambda o: (self._bundle(o, self.mode), _selective.rates(params))
+        )
+        xz = self._project("in_proj", u_t)
+        y, new = _selective.step(self.name, params, xz, state, timestep, bundled, A)
+        return self._project("out_proj", y), new
+
+    def _bundle(self, options: dict[str, Any], mode: str) -> _selective.Options:
+        return options_of(
             self.name,
             options.get("discretization"),
-            options.get("timestep_mode", default_mode),
+            options.get("timestep_mode", self.model.timestep_modes[0]),
             options.get("alpha"),
             options["dt_scale"],
             options.get("inner_norm", "none"),
             mode,  # pyright: ignore[reportArgumentType]
             options.get("bidirectional", False),
         )
-        xz = self._project("in_proj", u)
-        y, new = _selective.inner(self.name, self._inner_params(), xz, state, seq, bundled)
-        return self._project("out_proj", y), new
 
 
 class STREAM(Mamba):

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lrnnx_core.models import _ssd
 from lrnnx_core.sequences import Layout
+from lrnnx_core.types import Params
+from lrnnx_nn.layers.base import Held
 from lrnnx_nn.layers.projected import ProjectedLayer, in_directions
 
 
@@ -30,7 +32,29 @@ class Mamba2(ProjectedLayer):
     def _inner(
         self, u: Tensor, state: Any, seq: Layout, mode: str, options: dict[str, Any]
     ) -> tuple[Tensor, Any]:
-        bundled = _ssd.options_of(
+        bundled = self._bundle(options, mode)
+        parts = self._project("in_proj", u)
+        y, new = _ssd.inner(self.name, self._inner_params(), parts, state, seq, bundled)
+        return self._project("out_proj", y), new
+
+    def _step(
+        self,
+        u_t: Tensor,
+        state: Any,
+        timestep: Tensor | None,
+        dt_scale: float | Tensor,
+        params: Params,
+        held: Held | None,
+    ) -> tuple[Tensor, Any]:
+        bundled, A = self._kept_for_steps(
+            held, dt_scale, lambda o: (self._bundle(o, self.mode), _ssd.rates(params))
+        )
+        parts = self._project("in_proj", u_t)
+        y, new = _ssd.step(self.name, params, parts, state, timestep, bundled, A)
+        return self._project("out_proj", y), new
+
+    def _bundle(self, options: dict[str, Any], mode: str) -> _ssd.Options:
+        return _ssd.options_of(
             self.name,
             options.get("discretization"),
             options.get("timestep_mode", "both"),
@@ -42,6 +66,3 @@ class Mamba2(ProjectedLayer):
             options.get("chunk_size", 64),
             options.get("bidirectional", False),
         )
-        parts = self._project("in_proj", u)
-        y, new = _ssd.inner(self.name, self._inner_params(), parts, state, seq, bundled)
-        return self._project("out_proj", y), new

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lrnnx_core.models import _griffin
 from lrnnx_core.sequences import Layout
-from lrnnx_core.types import Discretization
+from lrnnx_core.types import Discretization, Params
+from lrnnx_nn.layers.base import Held
 from lrnnx_nn.layers.projected import ProjectedLayer, in_directions
 
 
@@ -44,7 +45,31 @@ class RGLRU(ProjectedLayer):
     def _inner(
         self, u: Tensor, state: Any, seq: Layout, mode: str, options: dict[str, Any]
     ) -> tuple[Tensor, Any]:
-        bundled = _griffin.options_of(
+        bundled = self._bundle(options, mode)
+        x, y = self._project("linear_x", u), self._project("linear_y", u)
+        out, new = _griffin.inner(self.name, self._inner_params(), x, y, state, seq, bundled)
+        return self._project("linear_out", out), new
+
+    def _step(
+        self,
+        u_t: Tensor,
+        state: Any,
+        timestep: Tensor | None,
+        dt_scale: float | Tensor,
+        params: Params,
+        held: Held | None,
+    ) -> tuple[Tensor, Any]:
+        def make(options: dict[str, Any]) -> tuple[_griffin.Options, Tensor]:
+            bundled = self._bundle(options, self.mode)
+            return bundled, _griffin.rate_of(params, params["rg_lru.recurrent_param"], bundled)
+
+        bundled, rate = self._kept_for_steps(held, dt_scale, make)
+        x, y = self._project("linear_x", u_t), self._project("linear_y", u_t)
+        out, new = _griffin.step(self.name, params, x, y, state, timestep, bundled, rate)
+        return self._project("linear_out", out), new
+
+    def _bundle(self, options: dict[str, Any], mode: str) -> _griffin.Options:
+        return _griffin.options_of(
             self.name,
             options.get("discretization"),
             options.get("timestep_mode", "both"),
@@ -55,6 +80,3 @@ class RGLRU(ProjectedLayer):
             options.get("bidirectional", False),
             options.get("gelu", "tanh"),
         )
-        x, y = self._project("linear_x", u), self._project("linear_y", u)
-        out, new = _griffin.inner(self.name, self._inner_params(), x, y, state, seq, bundled)
-        return self._project("linear_out", out), new

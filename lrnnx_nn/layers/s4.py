@@ -49,7 +49,7 @@ class S4(Layer):
                 value.copy_(longer[key])
         for options in (self._options, self._init_options):
             options["l_kernel"] = 2 * length
-        self._cache.clear()
+        self._forget()
 
     def step(
         self,
@@ -66,21 +66,22 @@ class S4(Layer):
         Raises:
             ValueError: a bidirectional layer.
         """
-        true = self._true_params()
-        if true is None:
-            return super().step(
-                u_t, state, integration_timestep=integration_timestep, dt_scale=dt_scale
-            )
         self._check_causal("step")
         self._check_scale(dt_scale)
         self._watch_stability(u_t)
-        options = self._known("step") | {"dt_scale": dt_scale, "l_kernel": None}
+        held, true = self._hold(), self._true_params()
+        options = {**self._known("step", held), "dt_scale": dt_scale}
+        if true is not None:
+            options["l_kernel"] = None
+        params = self.params if true is None else true
         if integration_timestep is not None:
             self._check_values(u_t, integration_timestep, None)
             options["integration_timestep"] = integration_timestep
-        elif (discrete := self._discrete(dt_scale)) is not None:
-            options["discrete"] = discrete
-        return self.model.step(true, u_t, state, **options)
+        elif held is not None and not isinstance(dt_scale, Tensor):
+            make = lambda: s4.transition(params, **self._transforms(), dt_scale=dt_scale)  # noqa: E731
+            at = self._cached("discrete", (dt_scale,), make, held)
+            return s4.advance("S4.step", params, u_t, state, at)
+        return self.model.step(params, u_t, state, **options)
 
     def _true_params(self) -> dict[str, Tensor] | None:
         length = self.l_kernel

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from lrnnx_core.models import _s7_full
 from lrnnx_core.sequences import Layout
-from lrnnx_nn.layers.base import Layer
+from lrnnx_core.types import Params
+from lrnnx_nn.layers.base import Held, Layer
 from lrnnx_nn.layers.projected import ProjectedLayer, in_directions
+
+_UNTIMED = "S7: variant='full' takes no integration_timesteps and no dt_scale; use 'delta'"
 
 
 class S7(ProjectedLayer):
@@ -41,9 +44,7 @@ class S7(ProjectedLayer):
         if not self._full:
             return Layer._scan(self, u, state, **sequence)
         if sequence["integration_timesteps"] is not None or sequence["dt_scale"] != 1.0:
-            raise ValueError(
-                "S7: variant='full' takes no integration_timesteps and no dt_scale; use 'delta'"
-            )
+            raise ValueError(_UNTIMED)
         return super()._scan(u, state, **sequence)
 
     def step(
@@ -55,6 +56,8 @@ class S7(ProjectedLayer):
         dt_scale: float | Tensor = 1.0,
     ) -> tuple[Tensor, Any]:
         """Take one step: u_t (..., H), state from `init_state`, `prefill` or `step`."""
+        if self._full and (integration_timestep is not None or dt_scale != 1.0):
+            raise ValueError(_UNTIMED)
         take = ProjectedLayer.step if self._full else Layer.step
         return take(self, u_t, state, integration_timestep=integration_timestep, dt_scale=dt_scale)
 
@@ -67,6 +70,22 @@ class S7(ProjectedLayer):
             chunk_size=options.get("chunk_size", _s7_full.CHUNK_SIZE),
             recurrent=mode == "recurrent", bidirectional=options.get("bidirectional", False),
         )  # fmt: skip
+        return self._gated(y, v), new
+
+    def _gated(self, y: Tensor, v: Tensor) -> Tensor:
         y = y.to(v.dtype)
         opening = self._project("gate_proj", torch.nn.functional.gelu(y))
-        return y * torch.sigmoid(opening), new
+        return y * torch.sigmoid(opening)
+
+    def _step(
+        self,
+        u_t: Tensor,
+        state: Any,
+        timestep: Tensor | None,
+        dt_scale: float | Tensor,
+        params: Params,
+        held: Held | None,
+    ) -> tuple[Tensor, Any]:
+        v = self._project("in_proj", u_t)
+        y, new = _s7_full.step(self.name, params, v, state)
+        return self._gated(y, v), new

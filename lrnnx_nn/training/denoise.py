@@ -22,7 +22,14 @@ from lrnnx_nn.training.checkpoint import digest
 from lrnnx_nn.training.denoise_task import GENERATED, DenoiseTask, Sounds, each, mean, read
 from lrnnx_nn.training.denoiser import Denoiser, Pair, denoise_all, fixed_pairs
 from lrnnx_nn.training.engine import Outcome
-from lrnnx_nn.training.folder import Progress, RunFolder, check_folder, read_config, versions
+from lrnnx_nn.training.folder import (
+    Progress,
+    RunFolder,
+    check_folder,
+    kernels,
+    read_config,
+    versions,
+)
 
 TASK = "denoise"
 NETWORK, NOISY = "network", "noisy"
@@ -214,6 +221,7 @@ def _train(
             "parameters": sum(p.numel() for p in model.parameters()),
             "seconds": round(time.perf_counter() - started, 2),
             "device": str(device),
+            "kernels": kernels(device),
             "threads": torch.get_num_threads(),
         },
         outcome,

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 from collections.abc import Callable, Mapping
@@ -18,8 +19,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
+from lrnnx_core.backends import cpu
 from lrnnx_nn.files import read_json, write_atomically, write_json
 from lrnnx_nn.recipes import FitConfig
 from lrnnx_nn.training.checkpoint import load_state, save_state
@@ -265,10 +268,27 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def kernels(device: torch.device | str) -> str:
+    """Return what the library's operators run on a device: ``compiled`` kernels, or ``torch``."""
+    device = torch.device(device)
+    if device.type == "cpu":
+        return "compiled" if cpu.in_force() else "torch"
+    has_cupy = importlib.util.find_spec("cupy") is not None
+    ours = device.type == "cuda" and torch.version.hip is None and has_cupy
+    return "compiled" if ours else "torch"
+
+
+def elapsed(result: Mapping[str, Any]) -> str:
+    """Return time, device and kernels of a training run, for its report."""
+    used = {"compiled": ", compiled kernels", "torch": ", plain PyTorch"}
+    kind = used.get(result.get("kernels", ""), "")
+    return f"{result['seconds']:.1f} s on {result['device']}{kind}"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and the packages that a result depends on."""
     found = {"python": platform.python_version()}
-    for package in ("lrnnx-core", "torch", "numpy", "aeon"):
+    for package in ("lrnnx-core", "torch", "numba", "numpy", "aeon"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -19,7 +19,14 @@ from lrnnx_nn.recipes import FitConfig
 from lrnnx_nn.signal_recipes import ForecastConfig, SeriesSource
 from lrnnx_nn.training.checkpoint import digest
 from lrnnx_nn.training.engine import Outcome
-from lrnnx_nn.training.folder import Progress, RunFolder, check_folder, read_config, versions
+from lrnnx_nn.training.folder import (
+    Progress,
+    RunFolder,
+    check_folder,
+    kernels,
+    read_config,
+    versions,
+)
 from lrnnx_nn.training.forecast_scores import (
     NETWORK,
     SEASONAL,
@@ -253,6 +260,7 @@ def _train(
             "parameters": sum(p.numel() for p in model.parameters()),
             "seconds": round(time.perf_counter() - started, 2),
             "device": str(device),
+            "kernels": kernels(device),
             "threads": torch.get_num_threads(),
         },
         outcome,

@@ -33,6 +33,8 @@ from lrnnx_nn.training.folder import (
     Progress,
     RunFolder,
     check_folder,
+    elapsed,
+    kernels,
     read_config,
     versions,
 )
@@ -171,7 +173,7 @@ def report(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "parameters" in result:
         lines += [
             ("parameters", f"{result['parameters']:,}"),
-            ("time", f"{result['seconds']:.1f} s on {result['device']}"),
+            ("time", elapsed(result)),
         ]
     else:
         lines.append(("text", f"{result['text']}, {result['test_characters']:,} characters"))
@@ -219,6 +221,7 @@ def _go(
         "parameters": model.num_parameters(),
         "seconds": round(sum(record.seconds for record in outcome.records), 2),
         "device": str(device),
+        "kernels": kernels(device),
         "threads": torch.get_num_threads(),
     }
     whole = run.finish(result, outcome)

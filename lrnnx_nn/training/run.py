@@ -19,7 +19,14 @@ from lrnnx_nn.data.dataset import Sequences
 from lrnnx_nn.optional import require
 from lrnnx_nn.recipes import TrainingConfig
 from lrnnx_nn.training.checkpoint import digest
-from lrnnx_nn.training.folder import CONFIG, RunFolder, check_folder, read_config, versions
+from lrnnx_nn.training.folder import (
+    CONFIG,
+    RunFolder,
+    check_folder,
+    kernels,
+    read_config,
+    versions,
+)
 from lrnnx_nn.training.loop import Epoch, Evaluation, Fit, evaluate, fit
 
 
@@ -167,6 +174,7 @@ def _go(
         "refitted": refitted,
         "interrupted": interrupted,
         "device": str(device),
+        "kernels": kernels(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }

@@ -1,0 +1,512 @@
+# SPDX-License-Identifier: MIT
+# pyright: basic
+"""The diagonal scan's leaf operators on CUDA: shapes, strides, launches of diagonal_scan.cu."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrnnx_core.backends import blocked_diagonal, cuda, cuda_tiles, library
+from lrnnx_core.backends.cuda_tiles import (
+    BITS,
+    EXCHANGE,
+    INITIAL,
+    SIZE,
+    STRIDED,
+    Plan,
+    Strides,
+)
+
+WARPS = 4  # of a block, at most
+WINDOW = 32  # tiles that a block looks back at together
+NARROW = 8  # the same where shared memory decides how many blocks there are
+HEARD = 16  # bytes of these tiles' products that a lane waits for together
+BLOCKS = 4  # that a multiprocessor has registers for: at most 128 a thread
+UNROLL = {False: 16, True: 4}  # steps of the backward, by whether the decay varies
+THREADS = 256  # that add up one number of a gradient
+HALVES = STRIDED + "q"
+MODEL = INITIAL * 2 + STRIDED + INITIAL + BITS * 2  # A, steps, dt, timesteps, reset, mask
+LAYOUTS = {
+    "forward": HALVES + MODEL + INITIAL + "2P" + EXCHANGE + SIZE,
+    "backward": HALVES * 3 + MODEL + INITIAL * 2 + "3Pq2P" + EXCHANGE + SIZE,
+}
+C64, C128 = torch.complex64, torch.complex128
+PLANS = {  # with the steps of a warp where the decay varies in time
+    torch.float32: Plan("float32", C64, 16),
+    torch.float64: Plan("float64", C128, 8),
+    torch.bfloat16: Plan("bfloat16", C64, 16),
+    torch.float16: Plan("float16", C64, 16),
+}
+LONGER = 2  # times as many where it does not and shared memory holds little else
+UNSCALED = ("none", "dirac")  # schemes without the step in the gain
+ABSENT, NO_SEQUENCE = (0,) * 4, (0,) * 5
+
+
+class Choice(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+        dtype: of the sequences.
+        scheme: the discretization's name.
+        varying: whether the decay varies in time.
+        split: whether timesteps are in the decay alone.
+    """
+
+    dtype: torch.dtype
+    scheme: str
+    varying: bool
+    split: bool
+
+
+def plan_of(step: str, choice: Choice) -> Plan:
+    """Return how a kernel computes; what it depends on fixes the order of operations."""
+    plan = PLANS[choice.dtype]
+    if choice.varying or (step == "backward" and choice.scheme not in UNSCALED):
+        return plan
+    return plan._replace(steps=LONGER * plan.steps)
+
+
+def _window(step: str, choice: Choice) -> int:
+    return NARROW if choice.varying and step == "backward" else WINDOW
+
+
+@functools.cache
+def kernel(step: str, choice: Choice, shared: int) -> cuda.Kernel:
+    """Return a kernel.
+
+    Args:
+        step: "forward" or "backward".
+        choice: what it is compiled for.
+        shared: the shared memory that a block of the device may have.
+    """
+    plan = plan_of(step, choice)
+    definitions = {
+        "DTYPE": plan.name,
+        "STATE_TYPE": cuda.NAMES[plan.state],
+        "SCHEME": choice.scheme.upper(),
+        "VARYING": "true" if choice.varying else "false",
+        "SPLIT": "true" if choice.split else "false",
+        "PACK": 1,
+        "WARPS": WARPS,
+        "STEPS": plan.steps,
+        "BLOCKS": BLOCKS,
+        "WINDOW": _window(step, choice),
+        "AT_ONCE": max(1, HEARD // plan.state.itemsize),
+        "UNROLL": UNROLL[choice.varying] // (plan.state.itemsize // 8),
+        "EXACT_ANGLES": 1,
+        step.upper(): 1,
+    }
+    if not choice.varying:  # equal factors err in one direction
+        definitions["COMPENSATED"] = 1
+    entry = "diagonal_scan" if step == "forward" else "diagonal_scan_backward"
+    most = _tile(step, choice, True, shared)[1]
+    return cuda.Kernel("diagonal_scan.cu", entry, definitions, LAYOUTS[step], most)
+
+
+@functools.cache
+def sum_kernel(choice: Choice) -> cuda.Kernel:
+    """Return the kernel that adds up the gradients of A and of a constant step."""
+    plan = PLANS[choice.dtype]
+    definitions = {
+        "DTYPE": cuda.NAMES[plan.state],
+        "STATE_TYPE": cuda.NAMES[plan.state],
+        "SCHEME": choice.scheme.upper(),
+        "VARYING": "true" if choice.varying else "false",
+        "SPLIT": "false",
+        "THREADS": THREADS,
+        "EXACT_ANGLES": 1,
+    }
+    return cuda.Kernel("diagonal_sums.cu", "diagonal_sums", definitions, "5P4q")
+
+
+def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
+    """Return the kernels that the library's models launch on a device."""
+    F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    choices = [
+        *(Choice(dtype, "none", False, False) for dtype in (F32, F64, BF16, F16)),
+        Choice(F32, "zoh", False, False),
+        Choice(F32, "zoh", True, False),
+        Choice(F32, "dirac", True, False),
+    ]
+    found = [
+        kernel(step, choice, limits.shared_per_block)
+        for choice in choices
+        for step in ("forward", "backward")
+    ]
+    return list(dict.fromkeys([*found, *(sum_kernel(_of_sums(c)) for c in choices)]))
+
+
+def _of_sums(choice: Choice) -> Choice:
+    """Return the choice with what the sums do not depend on left out."""
+    wide = torch.float64 if choice.dtype == torch.float64 else torch.float32
+    scheme = choice.scheme
+    if choice.varying:  # copied as they are: any scheme with two sums
+        scheme = "zoh"
+    return Choice(wide, scheme, choice.varying, False)
+
+
+def _tile(step: str, choice: Choice, timed: bool, shared: int) -> tuple[int, int, int]:
+    """Return a tile's warps, its dynamic shared memory, and the static one of the kernel."""
+    plan, item = plan_of(step, choice), choice.dtype.itemsize
+    real = plan.state.itemsize // 2
+    static = cuda_tiles.static_shared(plan, 1, WARPS, _window(step, choice))
+    warps = WARPS
+    while True:
+        numbers = warps * plan.steps * cuda.WARP
+        if step == "forward":
+            number = 2 * item + (choice.varying * 2 * real * (1 if item == real else 2))
+            dynamic = numbers * number
+        else:
+            number = (4 if choice.scheme in UNSCALED else 6) * item + choice.varying * real
+            dynamic = numbers * number
+            if choice.varying and timed:
+                dynamic += warps * plan.steps * (cuda.WARP + 1) * real
+        if warps == 1 or dynamic + static <= shared:
+            return warps, dynamic, static
+        warps //= 2
+
+
+class Shape(NamedTuple):
+    """Everything of a launch that does not change while shapes and strides do not.
+
+    Attributes:
+        kernel: what is launched.
+        grid: its size.
+        shared: dynamic shared memory.
+        halves: strides (outer, inner, time, row) of x (and h, grad_h), and elements from the real
+            to the imaginary parts.
+        dt: strides, None where absent.
+        rows: strides (outer, inner, row) of what has one number a row, None where absent.
+        steps: strides (outer, inner, time) of what has one number a step, None where absent.
+        offsets: in bytes, to the first step in the order of running: of halves, dt, and steps.
+        pieces: groups of rows that one batch element's channels lie in, at most.
+        sizes: the last fields of the arguments.
+    """
+
+    kernel: cuda.Kernel
+    grid: cuda_tiles.Grid
+    shared: int
+    halves: tuple[Strides, ...]
+    dt: Strides | None
+    rows: tuple[Strides | None, ...]
+    steps: tuple[Strides | None, ...]
+    offsets: tuple[int, ...]
+    pieces: int
+    sizes: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(
+    step: str,
+    choice: Choice,
+    shape: torch.Size,
+    halves: tuple[Strides, ...],
+    dt: Strides | None,
+    rows: tuple[Strides | None, ...],
+    steps: tuple[Strides | None, ...],
+    alignment: tuple[int, int],
+    device: int,
+) -> Shape | None:
+    """Return the launch, None where it takes copies; arguments as in `Shape`, whole strides."""
+    *batch, length, width = shape
+    channels, axes = width // 2, len(batch)
+    plan, size = plan_of(step, choice), choice.dtype.itemsize
+    real = plan.state.itemsize // 2
+    present = [s for s in (*halves, dt, *rows, *steps) if s is not None]
+    merged = cuda.merge_batch(batch, present)
+    if merged is None or alignment[0] % size or alignment[1] % real:
+        return None
+    inner, found = merged
+    outers = iter(found)
+    of_rows = torch.Size((*batch, length, channels))
+    bits, _ = cuda_tiles.access(of_rows, halves, alignment[0], size, 0)
+    wide = bits & 1 | (bits >> 1 & 1) << 2 | (bits >> 2 & 1) << 3
+    if dt is not None:
+        wide |= cuda_tiles.access(of_rows, (dt,), alignment[1], real, 0)[0] << 1
+    limits = cuda.limits(device)
+    timed = steps[0] is not None
+    warps, shared, static = _tile(step, choice, timed, limits.shared_per_block)
+    grid = cuda_tiles.grid(limits, plan, of_rows, 1, warps, shared + static)
+    sign, last = (-1, length - 1) if step == "backward" else (1, 0)
+    widths = (real, 1, 1)  # timesteps, reset, mask
+    return Shape(
+        kernel(step, choice, limits.shared_per_block),
+        grid,
+        shared,
+        tuple((*next(outers), sign * s[axes], s[-1], channels * s[-1]) for s in halves),
+        None if dt is None else (*next(outers), sign * dt[axes], dt[-1]),
+        tuple(None if s is None else (*next(outers), s[-1]) for s in rows),
+        tuple(None if s is None else (*next(outers), sign * s[-1]) for s in steps),
+        (
+            *(last * s[axes] * size for s in halves),
+            0 if dt is None else last * dt[axes] * real,
+            *(0 if s is None else last * s[-1] * w for s, w in zip(steps, widths, strict=True)),
+        ),
+        _pieces(channels),
+        (length, channels, inner, math.prod(batch) * channels, grid.tiles, grid.chains, wide),
+    )
+
+
+def _launch_shape(
+    step: str,
+    choice: Choice,
+    halves: tuple[Tensor, ...],
+    dt: Tensor | None,
+    rows: tuple[Tensor | None, ...],
+    steps: tuple[Tensor | None, ...],
+    device: int,
+) -> Shape | None:
+    alignment = 0
+    for t in halves:
+        at = t.data_ptr()
+        alignment |= at | at + t.shape[-1] // 2 * t.stride(-1) * t.itemsize
+    return _shape(
+        step, choice, halves[0].shape, tuple(t.stride() for t in halves),
+        None if dt is None else dt.stride(), tuple(None if t is None else t.stride() for t in rows),
+        tuple(None if t is None else t.stride() for t in steps),
+        (alignment & 15, 0 if dt is None else dt.data_ptr() & 15), device,
+    )  # fmt: skip
+
+
+def _fields(
+    call: Shape,
+    halves: tuple[Tensor, ...],
+    dt: Tensor | None,
+    rows: tuple[Tensor | None, ...],
+    steps: tuple[Tensor | None, ...],
+) -> list[int]:
+    """Return halves, `struct Model`, then the rows that are no part of it (all but two)."""
+    values: list[int] = []
+    for t, s, shift in zip(halves, call.halves, call.offsets, strict=False):
+        values += (t.data_ptr() + shift, *s)
+    shifts = call.offsets[len(halves) :]
+    found = [
+        ABSENT if t is None or s is None else (t.data_ptr(), *s)
+        for t, s in zip(rows, call.rows, strict=True)
+    ]
+    values += (*found[0], *found[1])
+    values += (
+        NO_SEQUENCE if dt is None or call.dt is None else (dt.data_ptr() + shifts[0], *call.dt)
+    )
+    for t, s, shift in zip(steps, call.steps, shifts[1:], strict=True):
+        values += ABSENT if t is None or s is None else (t.data_ptr() + shift, *s)
+    for more in found[2:]:
+        values += more
+    return values
+
+
+def _beside(parameter: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """View (*shared, S) as (*batch, S)."""
+    if parameter is None:
+        return None
+    lead = parameter.shape[:-1]
+    ones = (1,) * (len(shape) - 2 - len(lead))
+    return parameter.view(*lead, *ones, -1).expand(*shape[:-2], -1)
+
+
+def diagonal_scan(
+    x: Tensor,
+    A: Tensor,
+    steps: Tensor | None,
+    dt: Tensor | None,
+    h0: Tensor | None,
+    timesteps: Tensor | None,
+    reset: Tensor | None,
+    mask: Tensor | None,
+    state_only: bool,
+    scheme: str,
+) -> tuple[Tensor, Tensor]:
+    """Leaf: all states h (*batch, L, 2S) and the last one, as `blocked_diagonal`."""
+    tensors = (x, A, steps, dt, h0, timesteps, reset, mask)
+    if not cuda.ready():
+        return blocked_diagonal.diagonal_scan(*tensors, state_only, scheme)
+    plan, device = _check("diagonal_scan", *tensors)
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return diagonal_scan(*tensors, state_only, scheme)
+    shape = x.shape
+    h = torch.empty(shape, dtype=x.dtype, device=x.device)
+    last = torch.empty((*shape[:-2], A.shape[-1]), dtype=plan.state, device=x.device)
+    if last.numel() == 0:
+        return h, last
+    if shape[-2] == 0:
+        return h, last.zero_() if h0 is None else last.copy_(h0)
+    choice = _choice(x, dt, timesteps, state_only, scheme)
+    rows = (_beside(A, shape), _beside(steps, shape), h0)
+    marks = (timesteps, reset, mask)
+    call = _launch_shape("forward", choice, (x,), dt, rows, marks, device)
+    if call is None:
+        copies: Any = (*_copies(tensors), state_only, scheme)
+        return diagonal_scan(*copies)
+    grid = call.grid
+    words = torch.zeros(grid.words, dtype=torch.int64, device=x.device) if grid.words else None
+    exchange = 0 if words is None else words.data_ptr()
+    call.kernel.launch(
+        device, grid.blocks, grid.threads, call.shared, *_fields(call, (x,), dt, rows, marks),
+        h.data_ptr(), last.data_ptr(), exchange, exchange + 8, *call.sizes,
+    )  # fmt: skip
+    return h, last
+
+
+def diagonal_scan_backward(
+    h: Tensor,
+    grad_h: Tensor,
+    grad_last: Tensor,
+    x: Tensor,
+    A: Tensor,
+    steps: Tensor | None,
+    dt: Tensor | None,
+    h0: Tensor | None,
+    timesteps: Tensor | None,
+    reset: Tensor | None,
+    mask: Tensor | None,
+    state_only: bool,
+    scheme: str,
+) -> tuple[Tensor, ...]:
+    """Leaf: gradients of the floating tensors, empty where absent, as `blocked_diagonal`."""
+    tensors = (x, A, steps, dt, h0, timesteps, reset, mask)
+    grads = (h, grad_h, grad_last)
+    if not cuda.ready():
+        return blocked_diagonal.gradients(*grads, *tensors, state_only, scheme)
+    plan, device = _check("diagonal_scan_backward", *tensors, *grads)
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return diagonal_scan_backward(*grads, *tensors, state_only, scheme)
+    shape, size = x.shape, A.shape[-1]
+    length = shape[-2]
+    if x.numel() == 0:
+        return _empty_gradients(grad_last, tensors)
+    choice = _choice(x, dt, timesteps, state_only, scheme)
+    halves = (x, h, grad_h)
+    rows = (_beside(A, shape), _beside(steps, shape), h0, grad_last)
+    marks = (timesteps, reset, mask)
+    call = _launch_shape("backward", choice, halves, dt, rows, marks, device)
+    if call is None:
+        copies: Any = (*_copies((*grads, *tensors)), state_only, scheme)
+        return diagonal_scan_backward(*copies)
+    real = _real(plan)
+    dx = torch.empty(shape, dtype=x.dtype, device=x.device)
+    dh0 = torch.empty(grad_last.shape, dtype=plan.state, device=x.device)
+    ddt = d_tau = None
+    if dt is not None:
+        ddt = torch.empty(dt.shape, dtype=real, device=x.device)
+    if timesteps is not None:
+        make = torch.empty if _is_whole(size) else torch.zeros
+        d_tau = make((*shape[:-1], call.pieces), dtype=real, device=x.device)
+    grid = call.grid
+    sums = 1 if scheme == "none" else 2
+    partial = torch.empty((grid.tiles, sums, *dh0.shape), dtype=plan.state, device=x.device)
+    words = torch.zeros(grid.words, dtype=torch.int64, device=x.device) if grid.words else None
+    exchange = 0 if words is None else words.data_ptr()
+    end = length - 1
+    call.kernel.launch(
+        device, grid.blocks, grid.threads, call.shared, *_fields(call, halves, dt, rows, marks),
+        dx.data_ptr() + end * 2 * size * dx.itemsize,
+        0 if ddt is None else ddt.data_ptr() + end * size * ddt.itemsize,
+        0 if d_tau is None else d_tau.data_ptr() + end * call.pieces * d_tau.itemsize,
+        call.pieces, dh0.data_ptr(), partial.data_ptr(), exchange, exchange + 8, *call.sizes,
+    )  # fmt: skip
+    dA, dsteps = _add_up(device, choice, partial, A, steps)
+    absent = torch.empty(0, dtype=real, device=x.device)
+    return (
+        dx,
+        dA,
+        absent if dsteps is None else dsteps,
+        absent.clone() if ddt is None else ddt,
+        dh0,
+        absent.clone() if d_tau is None else d_tau.sum(-1) if call.pieces > 1 else d_tau[..., 0],
+    )
+
+
+def _add_up(
+    device: int, choice: Choice, partial: Tensor, A: Tensor, steps: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return dA and dsteps from the sums of every tile (tiles, sums, *batch, S)."""
+    A = A.contiguous()
+    steps = None if steps is None else steps.contiguous()
+    dA, dsteps = torch.empty_like(A), None if steps is None else torch.empty_like(steps)
+    tiles, rows = partial.shape[0], math.prod(partial.shape[2:])
+    sum_kernel(_of_sums(choice)).launch(
+        device, A.numel(), THREADS, 0,
+        partial.data_ptr(), A.data_ptr(), 0 if steps is None else steps.data_ptr(), dA.data_ptr(),
+        0 if dsteps is None else dsteps.data_ptr(), tiles, rows, A.shape[-1], rows // A.numel(),
+    )  # fmt: skip
+    return dA, dsteps
+
+
+COMPACT = torch.contiguous_format
+
+
+def _real(plan: Plan) -> torch.dtype:
+    return torch.float64 if plan.state == C128 else torch.float32
+
+
+def _is_whole(size: int) -> bool:
+    """Return whether groups of rows and batch elements share their borders."""
+    return size % cuda.WARP == 0 or cuda.WARP % size == 0
+
+
+def _pieces(size: int) -> int:
+    """Return how many groups of rows the channels of one batch element lie in, at most."""
+    if _is_whole(size):
+        return -(-size // cuda.WARP)
+    return (size + cuda.WARP - 2) // cuda.WARP + 1
+
+
+def _choice(
+    x: Tensor, dt: Tensor | None, timesteps: Tensor | None, state_only: bool, scheme: str
+) -> Choice:
+    timed = timesteps is not None
+    return Choice(x.dtype, scheme, timed or dt is not None, timed and state_only)
+
+
+def _empty_gradients(grad_last: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """Return the gradients where there is no step, row or channel."""
+    real = grad_last.real.dtype
+    found = [
+        grad_last.new_empty(0, dtype=real)
+        if t is None
+        else torch.zeros_like(t, memory_format=COMPACT)
+        for t in tensors[:6]
+    ]
+    found[4] = grad_last.clone(memory_format=COMPACT)
+    return tuple(found)
+
+
+def _copies(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Return compact copies, whose batch dimensions merge and which are aligned."""
+    return tuple(t if t is None else t.clone(memory_format=COMPACT) for t in tensors)
+
+
+def _check(operator: str, x: Tensor, *others: Tensor | None) -> tuple[Plan, int]:
+    plan = PLANS.get(x.dtype)
+    if plan is None:
+        names = ", ".join(p.name for p in PLANS.values())
+        raise ValueError(f"{operator}: dtype {x.dtype} on CUDA, expected one of {names}")
+    device, state, real = x.get_device(), plan.state, _real(plan)
+    expected = (
+        state, real, real, state, real, *(torch.bool,) * 2,  # A to mask
+        *(x.dtype,) * 2, state,  # h, grad_h, grad_last
+    )  # fmt: skip
+    for other, dtype in zip(others, expected, strict=False):
+        if other is None:
+            continue
+        if other.get_device() != device:
+            raise ValueError(f"{operator}: a tensor is on {other.device}, x on {x.device}")
+        if other.dtype != dtype:
+            raise ValueError(f"{operator}: a tensor is {other.dtype}, expected {dtype}")
+    return plan, device
+
+
+def implement() -> tuple[library.Implementation, ...]:
+    """Register both operators for CUDA tensors; the handles keep them in force."""
+    cuda.KERNELS["diagonal_scan"] = kernels
+    return (
+        library.implement("diagonal_scan", "cuda", diagonal_scan),
+        library.implement("diagonal_scan_backward", "cuda", diagonal_scan_backward),
+    )

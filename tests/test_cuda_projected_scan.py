@@ -1,0 +1,64 @@
+"""`projected_scan` on a GPU: its gradient kernel, and the operator's tests.
+
+Run with ``pytest -m cuda tests/test_cuda_projected_scan.py`` on a machine that has a GPU and CuPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_projected_scan import *  # noqa: F403  # every test of the operator, collected again here
+from test_projected_scan import arguments, projected_scan
+from torch import Tensor
+
+from lrnnx_core.backends import cuda, cuda_feedthrough
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(autouse=True, scope="module")
+def new_tensors_are_on_the_gpu() -> Iterator[None]:
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
+def test_the_kernels_are_in_force() -> None:
+    launched: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda.Kernel, "launch", lambda self, *rest: launched.append(self.entry))
+        named = arguments("none", 2, dtype=torch.float32)
+        projected_scan(**named | {"u": named["u"].requires_grad_()})[0].sum().backward()
+    scans = ["diagonal_scan", "diagonal_scan_backward", "diagonal_sums"]
+    assert launched == [*scans, "feedthrough_backward", "sum_partials"]
+
+
+@pytest.mark.parametrize("dtype", cuda_feedthrough.DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 3, 4, 6, 128, 1028, 1030, 2500])
+def test_gradients_of_the_direct_path(width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    eps, wide = (torch.finfo(t).eps for t in (dtype, torch.promote_types(dtype, torch.float32)))
+    for shared, rows in (((), 1), ((), 513), ((), 3000), ((3,), 700)):
+        x, g, dx = (draw(*shared, rows, width) for _ in range(3))
+        D = draw(*shared, width)
+        ours = dx.clone()
+        dD = cuda_feedthrough.add_gradients(ours, g, x, D)
+        beside = D.double().unsqueeze(-2)
+        want = dx.double() + beside * g.double()
+        assert (ours.double() - want).abs().max() <= 4 * eps * want.abs().max()
+        terms = g.double() * x.double()
+        want = terms.sum(-2)
+        allowed = 2 * eps * want.abs() + 4 * wide * terms.abs().sum(-2)
+        assert ((dD.double() - want).abs() <= allowed).all()
+        again = cuda_feedthrough.add_gradients(dx.clone(), g, x, D)
+        assert torch.equal(dD, again)
+        # what is not aligned is loaded one number at a time
+        moved = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+        dD = cuda_feedthrough.add_gradients(dx.clone(), g, moved, D)
+        assert ((dD.double() - want).abs() <= allowed).all()
