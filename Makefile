@@ -15,7 +15,7 @@ TIMEOUT := $(if $(shell command -v timeout),timeout $(NOTEBOOK_SECONDS))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test slow exhaustive lint format types docs notebooks wheel setup clean cuda-check bench-cuda
+.PHONY: help demo test slow exhaustive lint format types docs notebooks wheel setup clean cuda-check bench-cuda bench-cpu bench-paper
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,12 @@ cuda-check: $(VENV)/.installed-check ## compile the CUDA kernels for each archit
 bench-cuda: $(VENV)/.installed-cuda ## time the CUDA kernels (ARGS="decode --quick": one of them, without peers)
 	$(BIN)/python -m benchmarks.cuda $(ARGS)
 
+bench-paper: $(VENV)/.installed-cuda ## the published sweeps of LRU, S5, Mamba on a GPU, beside jax (ARGS="--models S5")
+	$(BIN)/python -m benchmarks.paper $(ARGS)
+
+bench-cpu: $(VENV)/.installed-bench ## time the CPU kernels beside other packages, write docs/benchmarks/cpu.md (ARGS="s5 --threads 1")
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
+
 setup: $(VENV)/.installed-dev ## set up only, with everything the other targets use
 
 clean: ## remove what was built or installed; runs/ stays
@@ -71,10 +77,11 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another one with make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-EXTRAS-demo := demo
+EXTRAS-demo := cpu,demo
 EXTRAS-dev := cpu,demo,docs,dev
 EXTRAS-check := cuda-check
 EXTRAS-cuda := cuda13
+EXTRAS-bench := cpu,demo,bench
 # Read by tests alone, and installed without what they ask for: attenuate wants the long obsolete
 # package pathlib, and audio libraries that the test does without.
 BARE := attenuate

@@ -101,7 +101,7 @@ def main() -> None:
                 u = torch.randn(options.batch, length, options.width, device=device)
                 best = measure(model, d_state, u, options.repeat)
                 state = model.init_state(model.init(options.width, d_state)).shape
-                auto = prefers_convolution(model.connectivity, length, state[-1], device)
+                auto = prefers_convolution(model.connectivity, u, state[-1])
                 mode = "conv" if auto else "scan"
                 cells = []
                 for train in (False, True):

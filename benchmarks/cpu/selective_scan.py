@@ -1,143 +1,143 @@
-"""Time the selective scan on the CPU against mambapy and transformers' slow path.
+# SPDX-License-Identifier: MIT
+"""The selective scan of Mamba on the CPU.
 
-    python -m benchmarks.cpu.selective_scan [--threads 2] [--lengths 256 1024] [--repeat 3]
+    python -m benchmarks.cpu selective_scan
 
-Every implementation computes the same from the same inputs (checked first), in one process, with
-the same threads, in turns; the table holds the best of the repeats. Memory is the growth of the
-peak resident size over the inputs, each measured in a process of its own.
+transformers' slow path is the loop over time that it runs without its CUDA packages; its training
+time grows with the square of the length, so it is trained at a short one only.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-import platform
-import time
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.memory import peak, resident
+from benchmarks.cpu.timing import OURS, PLAIN, Session, Way, jax_way, torch_way
 from lrnnx_core.ops import selective_scan
 
-MODULE = "benchmarks.cpu.selective_scan"
-Inputs = dict[str, Tensor]
+Inputs = tuple[Tensor, ...]
 
 
-def inputs(batch: int, length: int, width: int, states: int, grad: bool) -> Inputs:
+def inputs(batch: int, length: int, width: int, states: int) -> Inputs:
     g = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
-    x = {
-        "u": draw(batch, length, width),
-        "dt": draw(batch, length, width) - 3,
-        "A": -torch.arange(1, states + 1.0).repeat(width, 1),
-        "B": draw(batch, length, states),
-        "C": draw(batch, length, states),
-        "D": torch.ones(width),
-    }
-    return {k: v.requires_grad_(grad) for k, v in x.items()}
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    return (
+        draw(batch, length, width),
+        draw(batch, length, width) - 3,
+        -torch.arange(1, states + 1.0).repeat(width, 1),
+        draw(batch, length, states),
+        draw(batch, length, states),
+        torch.ones(width),
+    )
 
 
-def ours(x: Inputs) -> Tensor:
-    return selective_scan(**x, softplus=True)[0]
+def ours(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    return selective_scan(u, dt, A, B, C, D, softplus=True)[0]
 
 
-def mambapy(x: Inputs) -> Tensor:
+def gated(*inputs: Tensor) -> Tensor:
+    *scan, z, bias = inputs
+    u, dt, A, B, C, D = scan
+    return selective_scan(u, dt, A, B, C, D, z, bias, softplus=True)[0]
+
+
+def mambapy(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     from mambapy.pscan import pscan
 
-    delta = torch.nn.functional.softplus(x["dt"])
-    a = torch.exp(delta.unsqueeze(-1) * x["A"])
-    b = delta.unsqueeze(-1) * x["B"].unsqueeze(2) * x["u"].unsqueeze(-1)
-    return (pscan(a, b) @ x["C"].unsqueeze(-1)).squeeze(3) + x["D"] * x["u"]
+    delta = torch.nn.functional.softplus(dt)
+    a = torch.exp(delta.unsqueeze(-1) * A)
+    b = delta.unsqueeze(-1) * B.unsqueeze(2) * u.unsqueeze(-1)
+    return (pscan(a, b) @ C.unsqueeze(-1)).squeeze(3) + D * u
 
 
-def transformers(x: Inputs) -> Tensor:
-    """Do what transformers' Mamba does without its CUDA packages: a loop over time steps."""
-    delta = torch.nn.functional.softplus(x["dt"])
-    a = torch.exp(delta.unsqueeze(-1) * x["A"])
-    b = delta.unsqueeze(-1) * x["B"].unsqueeze(2) * x["u"].unsqueeze(-1)
+def transformers(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    delta = torch.nn.functional.softplus(dt)
+    a = torch.exp(delta.unsqueeze(-1) * A)
+    b = delta.unsqueeze(-1) * B.unsqueeze(2) * u.unsqueeze(-1)
     h = torch.zeros_like(b[:, 0])
     outputs = []
     for t in range(b.shape[1]):
         h = a[:, t] * h + b[:, t]
-        outputs.append(torch.matmul(h, x["C"][:, t].unsqueeze(-1)).squeeze(-1))
-    return torch.stack(outputs, dim=1) + x["D"] * x["u"]
+        outputs.append(torch.matmul(h, C[:, t].unsqueeze(-1)).squeeze(-1))
+    return torch.stack(outputs, dim=1) + D * u
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Inputs], Tensor]] = {
-    "lrnnx (plain torch)": ours,
-    "mambapy": mambapy,
-    "step loop (transformers)": transformers,
-}
+def jax_scan(u: Any, dt: Any, A: Any, B: Any, C: Any, D: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    def step(h: Any, x: Any) -> tuple[Any, Any]:
+        u_t, delta, B_t, C_t = x
+        h = jnp.exp(delta[..., None] * A) * h + (delta * u_t)[..., None] * B_t[:, None]
+        return h, (h * C_t[:, None]).sum(-1)
+
+    delta = jax.nn.softplus(dt)
+    time_first = tuple(x.swapaxes(0, 1) for x in (u, delta, B, C))
+    _, y = jax.lax.scan(step, jnp.zeros((u.shape[0], *A.shape)), time_first)
+    return y.swapaxes(0, 1) + D * u
 
 
-def seconds(function: Callable[[Inputs], Tensor], x: Inputs, train: bool) -> float:
-    start = time.perf_counter()
-    if train:
-        function(x).sum().backward()
-    else:
-        with torch.no_grad():
-            function(x)
-    return time.perf_counter() - start
+def without_training(way: Way) -> Way:
+    return way._replace(train=None)
 
 
-def report_peak(name: str, shape: tuple[int, int, int, int], train: bool) -> None:
-    small = inputs(1, 8, shape[2], shape[3], train)
-    seconds(IMPLEMENTATIONS[name], small, train)  # what is allocated once
-    x = inputs(*shape, train)
-    before = resident("VmRSS")
-    seconds(IMPLEMENTATIONS[name], x, train)
-    print(resident("VmHWM") - before)
+def measure(session: Session) -> None:
+    for B, L, E, N in (
+        ((2, 33, 32, 4),) if session.tiny else ((4, 256, 256, 16), (4, 1024, 256, 16))
+    ):
+        x = inputs(B, L, E, N)
+        exps = B * L * E * (N + 1)
+        moved = 3 * x[0].nbytes
+        long = L > 256
 
+        def loop(x: Inputs = x, long: bool = long) -> Way:
+            way = torch_way(transformers, *x)
+            return without_training(way) if long else way
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--states", type=int, default=16)
-    parser.add_argument(
-        "--loop-limit", type=int, default=512, help="longest L the step loop is trained at"
+        session.case(
+            f"B{B} L{L} E{E} N{N}",
+            (session.floor_ms(moved, exps), session.floor_ms(3 * moved, exps)),
+            {
+                OURS: lambda x=x: torch_way(ours, *x),
+                PLAIN: lambda x=x: torch_way(ours, *x, plain=True),
+                "mambapy": lambda x=x: torch_way(mambapy, *x),
+                "transformers, slow path": loop,
+                "jax lax.scan": lambda x=x: jax_way(jax_scan, *x),
+            },
+        )
+    g = torch.Generator().manual_seed(1)
+    more = (*x, torch.randn(x[0].shape, generator=g), torch.randn(E, generator=g))
+    session.case(
+        f"B{B} L{L} E{E} N{N}, z and bias",
+        (
+            session.floor_ms(4 * x[0].nbytes, exps + B * L * E),
+            session.floor_ms(11 * x[0].nbytes, exps + B * L * E),
+        ),
+        {
+            OURS: lambda: torch_way(gated, *more),
+            PLAIN: lambda: torch_way(gated, *more, plain=True),
+        },
     )
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", type=int, nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.peak:
-        report_peak(options.peak, tuple(options.shape), options.train)
-        return
-    print(
-        f"{platform.processor() or platform.machine()} CPU, {options.threads} threads, torch "
-        f"{torch.__version__}, B {options.batch} E {options.width} N {options.states}, float32"
+
+    def at(who: str, length: int) -> Way:
+        x = inputs(1, length, 64, 16)
+        if who == "jax lax.scan":
+            return jax_way(jax_scan, *x)
+        if who == "mambapy":
+            return torch_way(mambapy, *x)
+        if who == "transformers, slow path":
+            return without_training(torch_way(transformers, *x))
+        return torch_way(ours, *x, plain=who == PLAIN)
+
+    session.curve(
+        "B1 E64 N16",
+        [2**n for n in range(8, 21, 2)],
+        at,
+        (OURS, PLAIN, "mambapy", "jax lax.scan", "transformers, slow path"),
+        lambda n: 2 * (session.floor_ms(3 * 256 * n, 64 * 17 * n),),
     )
-    columns = ("fwd ms", "train ms", "train/ours", "fwd MiB", "train MiB")
-    print(f"{'':26}{'L':>6}" + "".join(f"{c:>11}" for c in columns))
-    for length in options.lengths:
-        shape = (options.batch, length, options.width, options.states)
-        x = inputs(*shape, True)
-        expected = ours(x).detach()
-        best: dict[tuple[str, bool], float] = {}
-        for _ in range(options.repeat):
-            for name, function in IMPLEMENTATIONS.items():
-                torch.testing.assert_close(function(x).detach(), expected, rtol=1e-3, atol=1e-3)
-                for train in (False, True):
-                    if name.startswith("step") and train and length > options.loop_limit:
-                        best[name, train] = math.nan
-                        continue
-                    took = seconds(function, x, train)
-                    best[name, train] = min(best.get((name, train), took), took)
-        base = best["lrnnx (plain torch)", True]
-        for name in IMPLEMENTATIONS:
-            times = best[name, False] * 1e3, best[name, True] * 1e3
-            trained = math.nan if math.isnan(times[1]) else peak(MODULE, name, shape, True)
-            row = (*times, times[1] / base / 1e3, peak(MODULE, name, shape, False), trained)
-            cells = (f"{v:11.{2 if i == 2 else 0}f}" for i, v in enumerate(row))
-            print(f"{name:26}{length:6}" + "".join(cells))
-
-
-if __name__ == "__main__":
-    main()
