@@ -263,8 +263,9 @@ def test_a_numba_that_cannot_be_imported_is_told_once_and_done_without(tmp_path:
 
 
 def test_without_numba_nothing_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cpu, "_INSTALLED", False)
     assert not cpu.installed()
+    assert not cpu.in_force()
     assert cpu.implement("linear_scan", "linear_scan") is None
 
 

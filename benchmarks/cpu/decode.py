@@ -17,7 +17,6 @@ from lrnnx_nn import LRNNLMHeadModel
 from lrnnx_nn.generation import generate
 from lrnnx_nn.layers import LAYERS
 
-TOKENS = 32
 WIDTH, LAYERS_OF_MODEL, VOCABULARY, STATES = 256, 4, 1024, 16
 
 
@@ -47,16 +46,16 @@ def cell_step(kind: Any, width: int, batch: int) -> Way:
     return Way(run)
 
 
-def ours(batch: int) -> Way:
+def ours(batch: int, tokens: int) -> Way:
     torch.manual_seed(0)
     model = LRNNLMHeadModel(
         WIDTH, STATES, LAYERS_OF_MODEL, VOCABULARY, ["mamba"], {}, 0, pad_vocab_size_multiple=1
     ).eval()
     ids = torch.zeros(batch, 1, dtype=torch.int64)
-    return Way(lambda: generate(model, ids, TOKENS, temperature=0.0))
+    return Way(lambda: generate(model, ids, tokens, temperature=0.0))
 
 
-def transformers(batch: int) -> Way:
+def transformers(batch: int, tokens: int) -> Way:
     from transformers import MambaConfig, MambaForCausalLM
 
     torch.manual_seed(0)
@@ -67,7 +66,7 @@ def transformers(batch: int) -> Way:
         )
     ).eval()  # fmt: skip
     ids = torch.zeros(batch, 1, dtype=torch.int64)
-    options = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
     mask = torch.ones_like(ids)
 
     def run() -> None:
@@ -77,7 +76,7 @@ def transformers(batch: int) -> Way:
     return Way(run)
 
 
-def products(batch: int) -> Way:
+def products(batch: int, tokens: int) -> Way:
     inner, rank = 2 * WIDTH, -(-WIDTH // 16)
     shapes = [(WIDTH, 2 * inner), (inner, rank + 2 * STATES), (rank, inner), (inner, WIDTH)]
     pairs = [
@@ -89,7 +88,7 @@ def products(batch: int) -> Way:
 
     def run() -> None:
         with torch.inference_mode():
-            for _ in range(TOKENS):
+            for _ in range(tokens):
                 for x, w in pairs:
                     torch.nn.functional.linear(x, w)
 
@@ -97,8 +96,8 @@ def products(batch: int) -> Way:
 
 
 def measure(session: Session) -> None:
-    width = 8 if session.tiny else 64
-    for batch in (1, 32):
+    width, tokens, batches = (8, 2, (1,)) if session.tiny else (64, 32, (1, 32))
+    for batch in batches:
         for name, kind in LAYERS.items():
             torch.manual_seed(0)
             options = {"sub_state_dim": 8} if name == "centaurus" else {}
@@ -120,12 +119,12 @@ def measure(session: Session) -> None:
             },
         )
         session.case(
-            f"{TOKENS} tokens, Mamba {LAYERS_OF_MODEL} x {WIDTH}, batch {batch}",
+            f"{tokens} tokens, Mamba {LAYERS_OF_MODEL} x {WIDTH}, batch {batch}",
             (0.0, None),
             {
-                OURS: lambda n=batch: ours(n),
-                PLAIN: lambda n=batch: in_plain_torch(ours(n)),
-                "its matrix products": lambda n=batch: products(n),
-                "transformers generate": lambda n=batch: transformers(n),
+                OURS: lambda n=batch: ours(n, tokens),
+                PLAIN: lambda n=batch: in_plain_torch(ours(n, tokens)),
+                "its matrix products": lambda n=batch: products(n, tokens),
+                "transformers generate": lambda n=batch: transformers(n, tokens),
             },
         )

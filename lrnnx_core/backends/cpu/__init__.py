@@ -19,12 +19,14 @@ from typing import Any
 
 from lrnnx_core.backends import library
 
+# Looked for once: torch.compile cannot trace the search (PyTorch 2.11), and models ask in a call.
+_INSTALLED = importlib.util.find_spec("numba") is not None
 _modules: dict[str, None] = {}  # of kernels, in the order of their registration
 
 
 def installed() -> bool:
     """Return whether numba is there, without importing it."""
-    return importlib.util.find_spec("numba") is not None
+    return _INSTALLED
 
 
 def in_force() -> bool:
