@@ -149,6 +149,9 @@ def mamba_step(
         elapsed = timesteps.to(dtype).unsqueeze(-1)
         decay, delta = elapsed * decay, delta if state_only else elapsed * delta
     A_bar, gamma = SCHEMES[scheme](A, decay.unsqueeze(-1), delta.unsqueeze(-1))
+    if scheme == "dirac" and decay_dt is not None:
+        # what makes delta has the gradient zero, as in a scan, and not none: DDP waits for it
+        gamma = torch.where(torch.ones_like(gamma, dtype=torch.bool), gamma, delta.unsqueeze(-1))
     new = A_bar * h.to(dtype) + gamma * (B.unsqueeze(-2) * v.unsqueeze(-1))
     y = (new * C.unsqueeze(-2)).sum(-1) + D.to(dtype) * v
     return (y * silu(z)).to(xz.dtype), tail.to(xz.dtype), new
