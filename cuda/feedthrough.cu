@@ -24,7 +24,14 @@ struct Arguments {
 };
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the launcher packs another layout");
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// Left to itself the compiler spills on these two for one more block on a multiprocessor.
+#if __CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890
+#define LIMITS __launch_bounds__(THREADS, 2)
+#else
+#define LIMITS __launch_bounds__(THREADS)
+#endif
+
+extern "C" __global__ void LIMITS
     feedthrough_backward(const __grid_constant__ Arguments p) {
     __shared__ State sums[THREADS][PACK];
     const long long share = blockIdx.x / p.blocks, block = blockIdx.x - share * p.blocks;
