@@ -305,8 +305,9 @@ class Session:
                     ways.pop(w, None)
             for w, row in self._turns(ways, 3).items():
                 trained = row.get("train")
-                call = ways[w].train or ways[w].forward
-                lines[w].append([length, row["forward"], trained, growth_mib(call)])
+                call = ways[w].train
+                grown = None if call is None else growth_mib(call)
+                lines[w].append([length, row["forward"], trained, grown])
                 if w != OURS and row.get("train", row["forward"]) > 1e3 * limit:
                     over.add(w)
             last = {w: v[-1][1] for w, v in lines.items() if v and v[-1][0] == length}
