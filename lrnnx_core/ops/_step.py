@@ -23,37 +23,48 @@ _ORDINARY = frozenset({Tensor, Parameter, type(None), float, int, bool, str})
 
 
 def step_operator(
-    schema: str, module: str, default: Callable[..., Any], fake: Callable[..., Any]
+    schema: str,
+    module: str | None,
+    default: Callable[..., Any],
+    fake: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Return a step whose first argument is a tensor.
 
-    On a CPU with compiled kernels, where nobody differentiates or transforms, it is the kernel: by
-    way of the leaf operator if anyone looks on (a mode, a profiler, a subclass of Tensor), called
-    at once otherwise, since a call through the dispatcher takes as long as a small kernel.
+    On a device with compiled kernels, where nobody differentiates or transforms, it is the kernel:
+    by way of the leaf operator if anyone looks on (a mode, a profiler, a subclass of Tensor),
+    called at once otherwise, since a call through the dispatcher takes as long as a small kernel.
     Elsewhere it is ``default``.
 
     Args:
         schema: of the leaf, see `library.define`; the name is that of the kernel too.
-        module: of ``lrnnx_core.backends.cpu``, where the kernel stands.
+        module: of ``lrnnx_core.backends.cpu``, where the CPU's kernel stands, if there is one.
         default: the step in differentiable pieces.
         fake: see `library.define`.
+        cuda: the kernel for CUDA tensors, if there is one; what it cannot take it gives to
+            ``default`` itself.
     """
     name = schema.split("(", 1)[0]
     leaf = library.define(schema, default=default, fake=fake)
-    handles = cpu.implement(module, name)
-    if handles is None:
+    on_cpu = None
+    if module is not None and (handles := cpu.implement(module, name)) is not None:
+        _HANDLES.extend(handles)
+        on_cpu = cpu.deferred(module, name)
+    if cuda is not None:
+        _HANDLES.append(library.implement(name, "cuda", cuda))
+    if on_cpu is None and cuda is None:
         return default
-    _HANDLES.extend(handles)
-    kernel = cpu.deferred(module, name)
 
     def step(*arguments: Any) -> Any:
-        if not arguments[0].is_cpu or transform_active() or dual_level_active():
+        first = arguments[0]
+        kernel = on_cpu if first.is_cpu else cuda if first.is_cuda else None
+        if kernel is None or transform_active() or dual_level_active():
             return default(*arguments)
         if torch.is_grad_enabled() and any(
             isinstance(t, Tensor) and t.requires_grad for t in arguments
         ):
             return default(*arguments)
-        if os.environ.get("LRNNX_CPU_BACKEND") == "torch":
+        if first.is_cpu and os.environ.get("LRNNX_CPU_BACKEND") == "torch":
             return default(*arguments)
         if dispatch_observed() or not _ORDINARY.issuperset(map(type, arguments)):
             return leaf(*arguments)
