@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.paper import __main__ as paper
+from benchmarks.paper import page
 from benchmarks.paper.measure import MODELS, Protocol, Size, inference, layer_of, milliseconds
 
 SIZE = Size(7, 8, 3)
@@ -58,10 +60,23 @@ def test_the_runner_measures_every_cell_and_draws(
     assert not report["skipped"]
     report["base"] = {"length": 4, "width": 8, "batch": 2}
     jax = [{**c, "way": "jax", "mean_ms": 2 * c["mean_ms"]} for c in report["cells"]]
-    jax[0]["mean_ms"] = 0.0
+    jax[0]["mean_ms"] = 1e-9
     report["cells"] += jax
-    paper.draw(report, tmp_path / "paper.png")
+    report["skipped"] = {"LRU, training, graph": "no GPU"}
+    page.write(report, tmp_path)
     assert (tmp_path / "paper.png").stat().st_size > 5000
-    said = capsys.readouterr().out
-    assert "behind jax: LRU training 4 8 2" in said
-    assert "ahead of jax in 3 of 4 cells" in said
+    text = (tmp_path / "paper.md").read_text()
+    assert "| LRU, training | 1 of 2 |" in text
+    assert "- LRU training, length 4, width 8, batch 2:" in text
+    assert "- LRU, training, graph: no GPU" in text
+    assert text.count("±") == 2 * len(jax)
+    assert "ahead of jax in 3 of 4 cells" in capsys.readouterr().out
+
+
+def test_a_second_run_keeps_the_cells_of_the_first(tmp_path: Path) -> None:
+    about = {"device": "x", "torch": "2", "d_state": 16, "protocol": {"runs": 90}}
+    file = tmp_path / "paper.json"
+    assert paper.kept(file, about) == []
+    file.write_text(json.dumps({**about, "cells": [{"model": "S5"}]}))
+    assert paper.kept(file, about) == [{"model": "S5"}]
+    assert paper.kept(file, {**about, "device": "y"}) == []

@@ -34,6 +34,7 @@ from lrnnx_nn import LAYERS
 
 SIZE = (8, 2048, 256)
 MODES = {"torch.compile": "default", "reduce-overhead": "reduce-overhead"}
+STATES = {"mamba": 16, "stream": 16}
 TURNS, RUNS = 7, 10
 
 
@@ -72,7 +73,7 @@ def difference(got: list[Any], want: list[Any]) -> float:
 def measure(name: str, lock: Path) -> dict[str, Any]:
     """Compile one layer in every mode, check it and time it."""
     torch.manual_seed(0)
-    eager = LAYERS[name](SIZE[-1]).cuda()
+    eager = LAYERS[name](SIZE[-1], STATES.get(name, 64)).cuda()
     u = torch.randn(SIZE, device="cuda")
     x = u.clone().requires_grad_()
 

@@ -1,24 +1,35 @@
 # SPDX-License-Identifier: MIT
 """The sweeps that the paper of lrnnx publishes: LRU, S5 and Mamba, training and inference.
 
-    python -m benchmarks.paper [--out docs/benchmarks/paper.json] [--models S5] [--ways eager jax]
-    python -m benchmarks.paper --draw
+    python -m benchmarks.paper [--models S5] [--ways eager jax] [--jobs 8] [--folder FOLDER]
+    python -m benchmarks.paper --render
 
 Training is forward and backward of one layer, inference as many steps as the sequence is long, one
 after the other. Lengths 8 ... 2048 at batch 32 and width 128; widths 16 ... 256 and batches
 8 ... 128 at length 512; d_state 16, float32. 10 warm-ups, 90 runs, 5 repeats: mean and deviation of
 the repeats (fewer runs where a cell takes long; the file says how many). The host's time counts.
+
+Cells measured on the same kind of device are kept from an earlier run of a part. With ``--jobs``
+so many processes fill the caches of the compilers first (torch.compile, XLA), then the cells are
+timed one after another in this one.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
+import os
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.paper import page
 from benchmarks.paper.measure import (
     D_STATE,
     MODELS,
@@ -44,25 +55,70 @@ KINDS = {"training": training, "inference": inference}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=FOLDER / "paper.json")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--seconds", type=float, default=Protocol().seconds, help="a cell, about")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile ahead")
     parser.add_argument("--tiny", action="store_true", help="see that it runs; writes nothing")
-    parser.add_argument("--draw", action="store_true", help="figure and table alone")
+    parser.add_argument("--render", action="store_true", help="page and figure alone")
     arguments = parser.parse_args()
-    if not arguments.draw:
-        report = sweep(arguments)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/jax_cache")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    file = arguments.folder / "paper.json"
+    if not arguments.render:
+        if arguments.jobs > 1:
+            compile_ahead(arguments)
+        report = sweep(arguments, file)
+        print(report["skipped"])
         if arguments.tiny:
             return
-        write_json(arguments.out, report)
-    draw(read_json(arguments.out), arguments.out.with_suffix(".png"))
+    page.write(read_json(file), arguments.folder)
 
 
-def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure every cell; one that does not run is named with its reason."""
+def compile_ahead(arguments: argparse.Namespace) -> None:
+    """Run every cell that a compiler compiles once, in several processes."""
+    ways = [w for w in arguments.ways if w in ("compiled", "jax")]
+    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+        cells = itertools.product(arguments.models, arguments.kinds, ways)
+        jobs = {
+            cell: pool.submit(_once, *cell, tuple(arguments.sweeps), arguments.tiny)
+            for cell in cells
+        }
+        for cell, job in jobs.items():
+            if job.exception() is not None:  # the measurement will say it again
+                print("compiling ahead:", *cell, repr(job.exception())[:200], flush=True)
+
+
+def _once(model: str, kind: str, way: str, sweeps: tuple[str, ...], tiny: bool) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for size in sizes_of(sweeps, tiny):
+        KINDS[kind](model, way, size, device)()
+
+
+def sizes_of(sweeps: Iterable[str], tiny: bool) -> list[Size]:
+    """Return the sizes of some sweeps, each once."""
+    table = TINY if tiny else SWEEPS
+    return list(dict.fromkeys(size for name in sweeps for size in table[name]))
+
+
+def kept(file: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the cells of an earlier run on the same device with the same software."""
+    if not file.is_file():
+        return []
+    before = read_json(file)
+    same = all(before[name] == about[name] for name in ("device", "torch", "d_state", "protocol"))
+    return before["cells"] if same else []
+
+
+def sweep(arguments: argparse.Namespace, file: Path | None = None) -> dict[str, Any]:
+    """Measure every cell; one that does not run is named with its reason.
+
+    The file, if given, is written as cells come, and what it held of others stays.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     protocol = Protocol(1, 1, 1, 0.1) if arguments.tiny else Protocol(seconds=arguments.seconds)
     report: dict[str, Any] = {
@@ -74,79 +130,35 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
         "cells": [],
         "skipped": {},
     }
-    sizes = TINY if arguments.tiny else SWEEPS
-    for model in arguments.models:
-        for kind in arguments.kinds:
-            for way in arguments.ways:
-                if way == "graph" and device == "cpu":
-                    continue
-                torch.compiler.reset()
-                for size in dict.fromkeys(s for name in arguments.sweeps for s in sizes[name]):
-                    cell = {"model": model, "kind": kind, "way": way, **size._asdict()}
-                    try:
-                        run = KINDS[kind](model, way, size, device)
-                        cell |= milliseconds(run, protocol, device)
-                    except Exception as error:
-                        if way == "eager":
-                            raise
-                        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-                        report["skipped"][f"{model}, {kind}, {way}, {tuple(size)}"] = reason[:200]
-                        continue
-                    report["cells"].append(cell)
-                    del run
-                    gc.collect()
-                last = report["cells"][-1] if report["cells"] else {}
-                print(model, kind, way, f"{last.get('mean_ms', float('nan')):.3f} ms", flush=True)
-    print(report["skipped"])
+    file = None if arguments.tiny else file
+    cells = {page.key(c): c for c in (kept(file, report) if file is not None else [])}
+    for model, kind, way in itertools.product(arguments.models, arguments.kinds, arguments.ways):
+        if way == "graph" and device == "cpu":
+            continue
+        torch.compiler.reset()
+        measured: list[float] = []
+        for size in sizes_of(arguments.sweeps, arguments.tiny):
+            cell: dict[str, Any] = {"model": model, "kind": kind, "way": way, **size._asdict()}
+            cells.pop(page.key(cell), None)
+            try:
+                run = KINDS[kind](model, way, size, device)
+                cell |= milliseconds(run, protocol, device)
+            except Exception as error:
+                if way == "eager":
+                    raise
+                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                report["skipped"][f"{model}, {kind}, {way}, {tuple(size)}"] = reason[:200]
+                continue
+            cells[page.key(cell)] = cell
+            measured.append(cell["mean_ms"])
+            del run
+            gc.collect()
+        report["cells"] = list(cells.values())
+        if file is not None:
+            write_json(file, report)
+        shown = " ".join(f"{ms:.3f}" for ms in measured)
+        print(f"{model} {kind} {way}: {shown} ms", flush=True)
     return report
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw time against each size, a row a model and kind, and print where a peer is ahead."""
-    from lrnnx_nn import viz
-    from lrnnx_nn.viz._style import figure_of, finish
-
-    cells = report["cells"]
-    rows = [(m, k) for k in KINDS for m in MODELS if any(c["model"] == m for c in cells)]
-    figure = figure_of(11.0, 2.5 * len(rows), f"One layer, d_state 16, {report['device']}")
-    grid = figure.subplots(len(rows), 3, squeeze=False)
-    colours = dict(zip(WAYS, (viz.BLUE, viz.ORANGE, viz.GREEN, viz.BLACK), strict=True))
-    base = report["base"]
-    for (model, kind), panels in zip(rows, grid, strict=True):
-        for sweep, axes in zip(("length", "width", "batch"), panels, strict=True):
-            fixed = [k for k in base if k != sweep]
-            for way in WAYS:
-                points = sorted(
-                    (c[sweep], c["mean_ms"], c["deviation_ms"])
-                    for c in cells
-                    if (c["model"], c["kind"], c["way"]) == (model, kind, way)
-                    and all(c[k] == base[k] for k in fixed)
-                )
-                if points:
-                    x, y, error = zip(*points, strict=True)
-                    axes.errorbar(x, y, error, color=colours[way], marker="o", ms=3, label=way)
-            axes.set(xscale="log", yscale="log", xlabel=sweep, ylabel=f"{model}, {kind}, ms")
-            finish(axes, legend=False)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    viz.save_figure(figure, path)
-    behind(cells)
-
-
-def behind(cells: list[dict[str, Any]]) -> None:
-    """Print every cell at which the best of our ways takes longer than the peer."""
-    names = ("model", "kind", "length", "width", "batch")
-    groups: dict[tuple[Any, ...], dict[str, float]] = {}
-    for c in cells:
-        groups.setdefault(tuple(c[n] for n in names), {})[c["way"]] = c["mean_ms"]
-    both = {k: g for k, g in groups.items() if "jax" in g and len(g) > 1}
-    losing = 0
-    for key, found in both.items():
-        best = min(ms for way, ms in found.items() if way != "jax")
-        if best > found["jax"]:
-            losing += 1
-            print("behind jax:", *key, f"{best:.3f} ms, jax {found['jax']:.3f} ms")
-    print(f"ahead of jax in {len(both) - losing} of {len(both)} cells")
 
 
 if __name__ == "__main__":
