@@ -1,129 +1,106 @@
 # SPDX-License-Identifier: MIT
-"""One ListOps run: data from the grammar, one recipe for every model, a curve of accuracies."""
+"""One ListOps run: as many steps as fit the time, a curve of accuracies, the test at the end."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from benchmarks.listops.grammar import N_TOKENS, Task, sequences
+from benchmarks.listops.data import Epoch, Part, bounds, epoch
+from benchmarks.listops.grammar import Task
+from benchmarks.listops.recipe import Recipe, network, rates
+from benchmarks.listops.step import Schedule, Step, autocast
 from lrnnx_core import registry
-from lrnnx_nn import Classifier, ClassifierConfig, param_groups
+from lrnnx_nn import Classifier
 
-SHARD = 500  # sequences of one seed, so that the data do not depend on the number of processes
-SEEDS = {"train": 0, "validation": 10**6, "test": 2 * 10**6}
-STATES = {"mamba": 16, "s4d": 64, "s4": 64, "s5": 128, "lru": 128}
+PROBE = 300
+"""Steps timed, after the last graph was captured, before the number of steps is set."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How every model is trained."""
-
-    sequences: int = 96_000
-    steps: int = 6_000
-    batch_size: int = 64
-    lr: float = 3e-3
-    ssm_lr: float = 1e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.05
-    clip: float = 1.0
-    d_model: int = 128
-    n_layer: int = 4
-    dropout: float = 0.0
-    pooling: str = "mean"
-    activation: str = "half_glu1"
-    norm: str = "layer"
-    bidirectional: bool = True
-    evaluations: int = 20
-    held_out: int = 2_000
-
-
-class Part(NamedTuple):
-    """Sequences of a part of the data."""
-
-    tokens: Tensor
-    lengths: Tensor
-    values: Tensor
-
-
-def _shard(arguments: tuple[int, int, Task]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return sequences(*arguments)
-
-
-def data(part: str, count: int, task: Task, jobs: int) -> Part:
-    """Draw a part; its sequences are ordered by nothing."""
-    plan = [
-        (min(SHARD, count - start), SEEDS[part] + start // SHARD, task)
-        for start in range(0, count, SHARD)
-    ]
-    if jobs == 1:
-        found = [_shard(p) for p in plan]
-    else:
-        with ProcessPoolExecutor(jobs) as pool:
-            found = list(pool.map(_shard, plan))
-    return Part(*(torch.from_numpy(np.concatenate(column)) for column in zip(*found, strict=True)))
-
-
-def parts_of(recipe: Recipe, task: Task, jobs: int, file: Path | None) -> dict[str, Part]:
-    """Draw all parts, or read them from a file that an earlier run has kept.
-
-    Raises:
-        ValueError: the file holds other sizes.
-    """
-    counts = {p: recipe.sequences if p == "train" else recipe.held_out for p in SEEDS}
-    about = np.array([*counts.values(), *task])
-    if file is not None and file.is_file():
-        with np.load(file) as kept:
-            if not np.array_equal(kept["about"], about):
-                raise ValueError(f"listops: {file} holds other sizes, {kept['about'].tolist()}")
-            return {
-                p: Part(*(torch.from_numpy(kept[f"{p}_{f}"]) for f in Part._fields)) for p in SEEDS
-            }
-    parts = {p: data(p, count, task, jobs) for p, count in counts.items()}
-    if file is not None:
-        arrays = {f"{p}_{f}": t.numpy() for p in SEEDS for f, t in parts[p]._asdict().items()}
-        np.savez(file, about=about, **arrays)
-    return parts
-
-
-def network(model: str, recipe: Recipe) -> Classifier:
-    name = registry.get(model).name
-    options = {"bidirectional": True} if recipe.bidirectional else {}
-    return Classifier(
-        ClassifierConfig(
-            d_input=1, n_classes=10, layer=name, d_model=recipe.d_model, d_state=STATES[name],
-            n_layer=recipe.n_layer, layer_options=options, norm=recipe.norm,
-            activation=recipe.activation, dropout=recipe.dropout, n_tokens=N_TOKENS,
-            pooling=recipe.pooling,
-        )
-    )  # fmt: skip
-
-
-def logits(model: Classifier, part: Part, index: Tensor) -> Tensor:
-    lengths = part.lengths[index]
-    longest = int(lengths.max())  # on the CPU: nothing waits for the GPU
-    device = next(model.parameters()).device
-    tokens = part.tokens[index, :longest].to(device, torch.int64, non_blocking=True)
-    return model(tokens, lengths=lengths.to(device))
+Result = dict[str, Any]
 
 
 @torch.no_grad()
-def accuracy(model: Classifier, part: Part, size: int = 250) -> float:
+def accuracy(model: Classifier, part: Part, precision: str = "float32", size: int = 250) -> float:
+    """Return the share of a part that the network gets right."""
     model.eval()
-    right = 0
-    for index in torch.arange(len(part.values)).split(size):
-        found = logits(model, part, index).argmax(-1).cpu()
-        right += int((found == part.values[index]).sum())
+    right = torch.zeros((), dtype=torch.int64, device=part.values.device)
+    order = part.lengths.argsort()  # little padding
+    for rows in order.split(size):
+        tokens = part.tokens[rows, : int(part.lengths[rows[-1]])].to(torch.int64)
+        with autocast(part.tokens.device.type, precision):
+            found = model(tokens, lengths=part.lengths[rows])
+        right += (found.argmax(-1) == part.values[rows]).sum()
     model.train()
-    return right / len(part.values)
+    return int(right) / len(part.values)
+
+
+class Batches:
+    """Batches without end, epoch after epoch: (bucket, rows) of the data."""
+
+    def __init__(self, part: Part, limits: torch.Tensor, recipe: Recipe, seed: int) -> None:
+        self._lengths, self._limits = part.lengths.cpu(), limits
+        self._device, self._batch = part.tokens.device, recipe.batch_size
+        self._draw = torch.Generator().manual_seed(seed)
+        self._now, self._at = Epoch(torch.empty(0), []), 0
+
+    def next(self) -> tuple[int, torch.Tensor]:
+        """Return the next batch."""
+        if self._at == len(self._now.bucket):
+            new = epoch(self._lengths, self._limits, self._batch, self._draw)
+            self._now, self._at = Epoch(new.rows.to(self._device), new.bucket), 0
+        self._at += 1
+        return self._now.bucket[self._at - 1], self._now.rows[self._at - 1]
+
+
+class Clock:
+    """Sets the number of steps: the recipe's, or what fits the minutes at the rate so far.
+
+    Args:
+        schedule: is told.
+        steps: of the recipe; 0 for what fits.
+        minutes: of training, evaluations and capturing included.
+    """
+
+    def __init__(self, schedule: Schedule, steps: int, minutes: float) -> None:
+        self.schedule, self.minutes = schedule, minutes
+        self.fixed = steps > 0
+        self.started = time.perf_counter()
+        self._probe: tuple[int, float] | None = None
+        if self.fixed:
+            schedule.set_total(0, steps)
+
+    @property
+    def seconds(self) -> float:
+        """Return the time since the start."""
+        return time.perf_counter() - self.started
+
+    def look(self, step: int, ready: bool, wait: Callable[[], None]) -> bool:
+        """Start, and end, the timing of the first steps; return whether it has just ended."""
+        late = self.seconds > 30 * self.minutes
+        if self.fixed or self.schedule.total is not None or not (ready or late):
+            return False
+        if self._probe is None:
+            wait()
+            self._probe = step, self.seconds
+        elif step == self._probe[0] + PROBE or late:
+            wait()
+            self.plan(step)
+            return True
+        return False
+
+    def plan(self, step: int) -> None:
+        """Set the number of steps by the rate since the probe began."""
+        if self.fixed or self._probe is None:
+            return
+        since, at = self._probe
+        rate = (step - since) / (self.seconds - at)
+        total = step + int(rate * max(60 * self.minutes - self.seconds, 0))
+        self.schedule.set_total(step, max(total, step + 1))
 
 
 def train(
@@ -135,63 +112,88 @@ def train(
     parts: dict[str, Part],
     device: str,
     minutes: float,
-) -> dict[str, Any]:
-    """Train a fresh network; stop early after ``minutes``, and say so in the result.
+    save: Callable[[Result], None] = lambda result: None,
+) -> Result:
+    """Train a fresh network for the recipe's steps, or for as many as fit ``minutes``.
 
-    The test part is read once, at the end, by the last weights.
+    The test part is read once, at the end, by the last weights. ``save`` is given the result so far
+    after every evaluation, without ``test``, and at the end with it.
     """
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")
+    parts = {key: part.to(device) for key, part in parts.items()}
+    limits = bounds(parts["train"].lengths.cpu(), recipe.buckets)
     model = network(name, recipe).to(device)
-    groups = param_groups(model, recipe.lr, recipe.ssm_lr, recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [g["lr"] for g in groups], total_steps=max(recipe.steps, 2),
-        pct_start=recipe.warmup, cycle_momentum=False,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    every = max(recipe.steps // recipe.evaluations, 1)
-    curve: list[dict[str, float]] = []
-    order = torch.empty(0, dtype=torch.int64)
-    total, counted, done = torch.zeros((), device=device), 0, 0
-    started = time.perf_counter()
-    for step in range(1, recipe.steps + 1):
-        if len(order) < recipe.batch_size:
-            order = torch.randperm(recipe.sequences, generator=generator)
-        index, order = order[: recipe.batch_size], order[recipe.batch_size :]
-        loss = F.cross_entropy(
-            logits(model, parts["train"], index), parts["train"].values[index].to(device)
-        )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        optimizer.step()
-        schedule.step()
-        total, counted, done = total + loss.detach(), counted + 1, step
-        if step % every == 0 or step == recipe.steps:
-            seconds = time.perf_counter() - started
-            curve.append(
-                {
-                    "step": step,
-                    "seconds": round(seconds, 1),
-                    "loss": round(float(total) / counted, 4),
-                    "validation": accuracy(model, parts["validation"]),
-                }
-            )
-            print(f"{name} {curve[-1]}", flush=True)
-            total, counted = torch.zeros((), device=device), 0
-            if seconds > 60 * minutes:
-                break
-    return {
+    schedule = Schedule(recipe.warmup, device)
+    run = Step(model, parts["train"], limits, recipe, rates(name, recipe), schedule)
+    result: Result = {
         "model": registry.get(name).name,
         "seed": seed,
-        "test": accuracy(model, parts["test"]),
-        "curve": curve,
-        "steps": done,
-        "seconds": round(time.perf_counter() - started, 1),
+        "test": None,
+        "steps": 0,
+        "seconds": 0.0,
+        "curve": [],
+        "commonest": _commonest(parts["test"]),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "lr": rates(name, recipe),
+        "lengths": run.limits,
         "recipe": dataclasses.asdict(recipe),
         "task": task._asdict(),
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "torch": torch.__version__,
     }
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    with run.on_stream():
+        _steps(run, result, Batches(parts["train"], limits, recipe, seed), parts["validation"],
+               Clock(schedule, recipe.steps, minutes), wait, save)  # fmt: skip
+        result["test"] = accuracy(model, parts["test"], recipe.precision)
+    save(result)
+    return result
+
+
+def _commonest(part: Part) -> float:
+    """Return the share of the commonest value: what a constant answer gets."""
+    return int(part.values.bincount().max()) / len(part.values)
+
+
+def _steps(
+    run: Step,
+    result: Result,
+    batches: Batches,
+    validation: Part,
+    clock: Clock,
+    wait: Callable[[], None],
+    save: Callable[[Result], None],
+) -> None:
+    """Train until the schedule ends, and write the curve into the result."""
+    recipe, step, counted = run.recipe, 0, 0
+    while clock.schedule.total is None or step < clock.schedule.total:
+        run(*batches.next())
+        step, counted = step + 1, counted + 1
+        if clock.look(step, run.ready, wait):
+            print(f"{result['model']}: {clock.schedule.total} steps fit", flush=True)
+        total = clock.schedule.total
+        if total is None:
+            continue
+        every = max(total // recipe.evaluations, 1)
+        if step != total and (step % every or total - step < every // 2):
+            continue
+        loss, counted = float(run.loss) / counted, 0
+        run.loss.zero_()
+        point = {
+            "step": step,
+            "epoch": round(step * recipe.batch_size / recipe.sequences, 2),
+            "loss": round(loss, 4),
+            "validation": accuracy(run.model, validation, recipe.precision),
+            "seconds": round(clock.seconds, 1),
+        }
+        result["curve"].append(point)
+        result |= {"steps": step, "seconds": point["seconds"]}
+        print(f"{result['model']} {point}", flush=True)
+        save(result)
+        if not math.isfinite(loss):
+            print(f"{result['model']}: stopped, the loss is {loss}", flush=True)
+            return
+        if total - step > every:
+            clock.plan(step)
