@@ -6,7 +6,7 @@
 // (batch, L, 2S), the real parts of a step's S numbers before their imaginary parts, `half` elements
 // apart, with any strides; dt (batch, L, S), timesteps, reset and mask (batch, L), A and steps one
 // number a row; batch is split in (outer, inner). `time` strides are signed and the pointers stand at
-// the first step in the order of running. h, dx (batch, L, 2S), ddt (batch, L, S), last and dh0
+// the first step in the order of running, which may fall in time in either kernel. h, dx (batch, L, 2S), ddt (batch, L, S), last and dh0
 // (batch, S) are contiguous. Everything as long as the sequence is read once and written once: x and
 // h, and dt where given; backward x (where the step is in the gain), h, grad_h and dx, and dt and ddt;
 // between blocks travel two states a tile and row. Gradients of A and steps are `partial` (tiles, SUMS,
@@ -154,6 +154,7 @@ struct Arguments {
     Initial h0;
     T* h;
     State* last;
+    long long direction;  // of h in time, 1 or -1
     Exchange exchange;
     Size size;
 };
@@ -218,8 +219,8 @@ struct Forward {
         enter(s, p.exchange, p.size, at, p.h0, part.at);
         entered();
 
-        const long long width = 2 * p.size.channels;
-        T* h = p.h + offset_of(part, p.size, width, width);
+        const long long width = 2 * p.size.channels, time = p.direction * width;
+        T* h = p.h + offset_of(part, p.size, width, time);
 #pragma unroll
         for (int j = 0; j < STEPS; ++j) {
             if (j >= count) break;
@@ -236,7 +237,7 @@ struct Forward {
                 h[0] = narrow<T>(s[0].re);
                 h[p.size.channels] = narrow<T>(s[0].im);
             }
-            h += width;
+            h += time;
         }
         if (part.live && part.is_last()) p.last[part.row] = s[0];
     }
@@ -258,7 +259,8 @@ struct Arguments {
     Initial h0, g_last;
     T* dx;
     Real *ddt, *d_tau;  // null: not wanted
-    long long pieces;   // of d_tau
+    long long pieces;     // of d_tau
+    long long direction;  // of what is written, in time: 1 or -1
     State *dh0, *partial;
     Exchange exchange;
     Size size;
@@ -317,9 +319,10 @@ struct Backward {
 
         State sum[2] = {Number::zero(), Number::zero()}, h0[PACK] = {Number::zero()};
         if (part.is_last()) read(h0, p.h0, part.at);
-        const long long width = 2 * p.size.channels;
-        T* dx = p.dx + offset_of(part, p.size, width, -width);
-        Real* ddt = p.ddt + offset_of(part, p.size, p.size.channels, -p.size.channels);
+        const long long width = 2 * p.size.channels, time = p.direction * width;
+        const long long ddt_time = p.direction * p.size.channels;
+        T* dx = p.dx + offset_of(part, p.size, width, time);
+        Real* ddt = p.ddt + offset_of(part, p.size, p.size.channels, ddt_time);
 #pragma unroll UNROLL
         for (int j = 0; j < STEPS; ++j) {
             const bool keep = lane.keep >> j & 1, cut = lane.reset >> j & 1, there = j < count;
@@ -352,7 +355,7 @@ struct Backward {
                     taus[(at.warp * STEPS + j) * PITCH + at.lane] =
                         keep ? mul(time.d, d_timed) : Real(0);
                 if (p.ddt && part.live && there) *ddt = keep ? d_step : Real(0);
-                ddt -= p.size.channels;
+                ddt += ddt_time;
             } else {
                 sum[0] = add(sum[0], to_decay);
                 if (SCALED) sum[1] = add(sum[1], to_gain);
@@ -362,7 +365,7 @@ struct Backward {
                 dx[0] = narrow<T>(to_x.re);
                 dx[p.size.channels] = narrow<T>(to_x.im);
             }
-            dx -= width;
+            dx += time;
             if (there) s[0] = cut ? Number::zero() : keep ? mul(conj(f.decay), lam) : lam;
         }
         if (part.live && part.is_last()) p.dh0[part.row] = s[0];
@@ -396,7 +399,7 @@ struct Backward {
             Real total = taus[step * PITCH + from];
             for (int r = from + 1; r < to; ++r) total = add(total, taus[step * PITCH + r]);
             const long long piece = at.group / ROWS - start / ROWS;
-            p.d_tau[(element * size.length - (first + step)) * p.pieces + piece] = total;
+            p.d_tau[(element * size.length + p.direction * (first + step)) * p.pieces + piece] = total;
         }
     }
 };

@@ -4,7 +4,8 @@
 // Memory contract. u and grad_y are (batch, L, H) with any strides, batch split in (outer, inner); reset
 // (batch, L) bool with any strides; lengths (batch) int64, a and v (shared, H, M), D (shared, H), grad_last
 // (batch, H, M) contiguous; y and du (batch, L, H), last (batch, H, M), kept (batch, ceil(L / chunk), H, M) contiguous.
-// A row stops after lengths[row] steps; y and du are zero from there on. Forward reads u and writes y (and
+// Strides in time may be negative, and y and du go the same way (`onward`): pointers stand at the first
+// step in the order of the forward. A row stops after lengths[row] steps; y and du are zero from there on. Forward reads u and writes y (and
 // kept, the state before every `chunk` steps, where asked for); backward reads u and grad_y once and writes du:
 // no state comes from memory. 268 MB and 403 MB for 8192 channels of 4096 steps in float32; bound by
 // arithmetic, 6 and 14 multiply-adds a complex state and step.
@@ -97,6 +98,7 @@ struct Size {
     long long alike;              // rows that share a and v
     long long units, groups;      // warps that have work; of a row and segment
     long long segment, segments;  // steps of one, and how many a row has
+    long long onward;             // from a step of y and du to the next one of the forward
     long long wide;               // bits: the sequence can be copied 16 bytes at a time
 };
 
@@ -387,8 +389,9 @@ struct Output {
 
     __device__ __forceinline__ Output(T* data, const Place& at, const Size& size, bool reverse) {
         const long long start = reverse ? at.first + at.count - 1 : at.first;
-        time = reverse ? -size.channels : size.channels;
-        to = data + (at.row * size.length + start) * size.channels + at.channel + first_of(at.part) * time;
+        time = reverse ? -size.onward : size.onward;
+        to = data + at.row * size.length * size.channels + start * size.onward + at.channel +
+             first_of(at.part) * time;
         writes = at.live && at.part < Q;
         first = at.live && at.part == 0;
     }
@@ -414,7 +417,8 @@ __device__ __forceinline__ void fill_rest(T* data, const Place& at, const Size& 
     const long long begin = at.first + at.count, after = at.after(size);
 #pragma unroll 1
     for (long long t = begin + at.part; t < after; t += LANES)
-        data[(at.row * size.length + t) * size.channels + at.channel] = narrow<T>(Real(0));
+        data[at.row * size.length * size.channels + t * size.onward + at.channel] =
+            narrow<T>(Real(0));
 }
 
 __device__ __forceinline__ long long unit_of() {

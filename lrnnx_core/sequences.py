@@ -52,7 +52,7 @@ class Layout(NamedTuple):
         a document has none, and takes the first gap of the document.
         """
         valid, reset, gaps = self.valid(length), self.resets(length), self.timesteps
-        if length and (valid is not None or reset is not None):
+        if length and (reset is not None or (valid is not None and gaps is not None)):
             known = [t for t in (valid, reset, gaps) if t is not None]
             shape = torch.broadcast_shapes(*(t.shape for t in known))
             every = torch.ones(shape, dtype=torch.bool, device=known[0].device)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrnnx_core.sequences import layout
-from lrnnx_nn.norms import make_norm, normalize
+from lrnnx_nn.norms import make_norm
+from lrnnx_nn.residual_stream import Method, Stream, add_and_normalize, run
 from lrnnx_nn.stack import Mixer
 
 ACTIVATIONS = ("none", "gelu", "half_glu1", "half_glu2", "full_glu", "glu")
@@ -200,13 +201,11 @@ class Block(nn.Module):
         dt_scale: float | Tensor = 1.0,
     ) -> Tensor:
         """Run over whole sequences u (..., L, H); return (..., L, H). Arguments as a layer's."""
-        sequence = {
-            "integration_timesteps": integration_timesteps, "lengths": lengths, "mask": mask,
-            "reset": reset, "dt_scale": dt_scale,
-        }  # fmt: skip
-        valid = self._valid(u, lengths, mask)
-        y = self.mixer(self._before(u, valid), **sequence)
-        return self._after(u, y, valid)
+        stream, _ = self._on_stream(
+            "forward", Stream(u), integration_timesteps=integration_timesteps, lengths=lengths,
+            mask=mask, reset=reset, dt_scale=dt_scale,
+        )  # fmt: skip
+        return stream.total()
 
     def prefill(
         self,
@@ -224,13 +223,11 @@ class Block(nn.Module):
         Raises:
             ValueError: a bidirectional mixer.
         """
-        sequence: dict[str, Any] = {
-            "integration_timesteps": integration_timesteps, "lengths": lengths, "mask": mask,
-            "reset": reset, "dt_scale": dt_scale,
-        }  # fmt: skip
-        valid = self._valid(u, lengths, mask)
-        y, state = self.mixer.prefill(self._before(u, valid), state, **sequence)
-        return self._after(u, y, valid), state
+        stream, new = self._on_stream(
+            "prefill", Stream(u), state, integration_timesteps=integration_timesteps,
+            lengths=lengths, mask=mask, reset=reset, dt_scale=dt_scale,
+        )  # fmt: skip
+        return stream.total(), new
 
     def step(
         self,
@@ -245,28 +242,38 @@ class Block(nn.Module):
         Raises:
             ValueError: a bidirectional mixer.
         """
-        u = u_t.unsqueeze(-2)
-        y_t, state = self.mixer.step(
-            self._before(u, None).squeeze(-2), state,
-            integration_timestep=integration_timestep, dt_scale=dt_scale,
+        stream, new = self._on_stream(
+            "step", Stream(u_t), state, integration_timestep=integration_timestep,
+            dt_scale=dt_scale,
         )  # fmt: skip
-        return self._after(u, y_t.unsqueeze(-2), None).squeeze(-2), state
+        return stream.total(), new
+
+    def _on_stream(
+        self, method: Method, stream: Stream, *state: Any, **sequence: Any
+    ) -> tuple[Stream, Any]:
+        """Run the block; before a norm, its branch is left to whoever reads the stream next."""
+        if method == "step":
+            valid = None
+        else:
+            valid = self._valid(stream.x, sequence["lengths"], sequence["mask"])
+        if self.prenorm:
+            x, inner = add_and_normalize(self.norm, stream, valid)
+        else:
+            x = inner = stream.total()
+        y, new = run(self.mixer, method, inner, *state, **sequence)
+        # a dropout mask may be shared over time, which one step has none of
+        y = self.activation(y.unsqueeze(-2)).squeeze(-2) if method == "step" else self.activation(y)
+        stream = Stream(x, y)
+        if torch.promote_types(x.dtype, y.dtype) != x.dtype:
+            stream = Stream(x + y)
+        if not self.prenorm:
+            stream = Stream(add_and_normalize(self.norm, stream, valid)[1])
+        if valid is None:
+            return stream, new
+        out = stream.total()
+        return Stream(torch.where(valid.unsqueeze(-1), out, torch.zeros_like(out))), new
 
     def _valid(self, u: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
         if u.ndim < 2:
             raise ValueError(f"Block: u {tuple(u.shape)}, expected (..., L, {self.d_model})")
         return layout("Block", u, lengths=lengths, mask=mask).valid(u.shape[-2])
-
-    def _normalize(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        return normalize(self.norm, x, valid)
-
-    def _before(self, u: Tensor, valid: Tensor | None) -> Tensor:
-        return self._normalize(u, valid) if self.prenorm else u
-
-    def _after(self, u: Tensor, y: Tensor, valid: Tensor | None) -> Tensor:
-        out = u + self.activation(y)
-        if not self.prenorm:
-            out = self._normalize(out, valid)
-        if valid is None:
-            return out
-        return torch.where(valid.unsqueeze(-1), out, torch.zeros_like(out))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lrnnx_core.sequences import layout
 from lrnnx_nn.blocks import Dropout, reset_parts
-from lrnnx_nn.norms import make_norm, normalize
+from lrnnx_nn.norms import make_norm
+from lrnnx_nn.residual_stream import Method, Stream, add_and_normalize, run
 
 _OUTPUTS = ("out_proj", "linear_out", "o_proj")
 """What the layers call the ``nn.Linear`` that writes into the residual stream."""
@@ -111,12 +112,11 @@ class ResidualBlock(nn.Module):
         dt_scale: float | Tensor = 1.0,
     ) -> Tensor:
         """Run over whole sequences u (..., L, H); return (..., L, H). Arguments as a layer's."""
-        x, valid, inner = self._enter(u, lengths, mask)
-        y = self.mixer(
-            inner, integration_timesteps=integration_timesteps, lengths=lengths, mask=mask,
-            reset=reset, dt_scale=dt_scale,
+        stream, _ = self._on_stream(
+            "forward", Stream(u), integration_timesteps=integration_timesteps, lengths=lengths,
+            mask=mask, reset=reset, dt_scale=dt_scale,
         )  # fmt: skip
-        return self._leave(x, inner, y, valid)
+        return stream.total()
 
     def prefill(
         self,
@@ -134,13 +134,11 @@ class ResidualBlock(nn.Module):
         Raises:
             ValueError: a bidirectional mixer.
         """
-        x, valid, inner = self._enter(u, lengths, mask)
-        mixer: Any = self.mixer
-        y, state = mixer.prefill(
-            inner, state, integration_timesteps=integration_timesteps, lengths=lengths, mask=mask,
-            reset=reset, dt_scale=dt_scale,
+        stream, new = self._on_stream(
+            "prefill", Stream(u), state, integration_timesteps=integration_timesteps,
+            lengths=lengths, mask=mask, reset=reset, dt_scale=dt_scale,
         )  # fmt: skip
-        return self._leave(x, inner, y, valid), state
+        return stream.total(), new
 
     def step(
         self,
@@ -155,42 +153,56 @@ class ResidualBlock(nn.Module):
         Raises:
             ValueError: a bidirectional mixer.
         """
-        self._check(u_t, 1)
-        x = self._widen(u_t)
-        inner = self._before(x, None)
-        mixer: Any = self.mixer
-        y, state = mixer.step(
-            inner, state, integration_timestep=integration_timestep, dt_scale=dt_scale
-        )
-        return self._leave(x, inner, y, None), state
+        stream, new = self._on_stream(
+            "step", Stream(u_t), state, integration_timestep=integration_timestep,
+            dt_scale=dt_scale,
+        )  # fmt: skip
+        return stream.total(), new
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows."""
         return f"{self.d_model}, residual_in_fp32={self.residual_in_fp32}, parallel={self.parallel}"
 
-    def _enter(
-        self, u: Tensor, lengths: Tensor | None, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the stream, where it counts, and what the mixer reads of it."""
-        self._check(u, 2)
-        valid = layout("ResidualBlock", u, lengths=lengths, mask=mask).valid(u.shape[-2])
-        x = self._widen(u)
-        return x, valid, self._before(x, valid)
-
-    def _leave(self, x: Tensor, inner: Tensor, y: Tensor, valid: Tensor | None) -> Tensor:
-        x = x + self.dropout(y).to(x.dtype)
+    def _on_stream(
+        self, method: Method, stream: Stream, *state: Any, **sequence: Any
+    ) -> tuple[Stream, Any]:
+        """Run the block; its last branch is left to whoever reads the stream next."""
+        valid = self._check(method, stream.x, **sequence)
+        wide = torch.promote_types(stream.x.dtype, torch.float32)
+        if self.residual_in_fp32 and stream.x.dtype != wide:
+            stream = Stream(stream.total().to(wide))
+        dtype = self._inner_dtype(stream.x)
+        x, inner = add_and_normalize(self.norm1, stream, valid, dtype)
+        y, new = run(self.mixer, method, inner, *state, **sequence)
+        stream = Stream(x, self.dropout(y))
         if self.mlp is not None:
-            if self.norm2 is not None:
-                inner = normalize(self.norm2, x, valid).to(inner.dtype)
-            x = x + self.dropout(self.mlp(inner)).to(x.dtype)
-        return x if valid is None else torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))
+            if self.norm2 is None:
+                x = stream.total()
+            else:
+                x, inner = add_and_normalize(self.norm2, stream, valid, dtype)
+            stream = Stream(x, self.dropout(self.mlp(inner)))
+        if valid is None:
+            return stream, new
+        x = stream.total()
+        return Stream(torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))), new
 
-    def _before(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        return normalize(self.norm1, x, valid).to(self._inner_dtype(x))
-
-    def _widen(self, u: Tensor) -> Tensor:
-        wide = torch.promote_types(u.dtype, torch.float32)
-        return u.to(wide) if self.residual_in_fp32 else u
+    def _check(
+        self,
+        method: Method,
+        u: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor | None:
+        """Check the input; return where it counts, None for everywhere."""
+        step = method == "step"
+        if u.ndim < (1 if step else 2) or u.shape[-1] != self.d_model:
+            shape = "(..., " if step else "(..., L, "
+            raise ValueError(f"ResidualBlock: u {tuple(u.shape)}, expected {shape}{self.d_model})")
+        if step:
+            return None
+        return layout("ResidualBlock", u, lengths=lengths, mask=mask).valid(u.shape[-2])
 
     def _inner_dtype(self, x: Tensor) -> torch.dtype:
         """Return the narrowest floating dtype of at least 16 bits among the parameters."""
@@ -201,11 +213,6 @@ class ResidualBlock(nn.Module):
             return dtype if dtype.is_floating_point and dtype.itemsize >= 2 else x.dtype
         found = {dtype for dtype in found if dtype.is_floating_point and dtype.itemsize >= 2}
         return min(found, key=lambda dtype: dtype.itemsize, default=x.dtype)
-
-    def _check(self, u: Tensor, rank: int) -> None:
-        if u.ndim < rank or u.shape[-1] != self.d_model:
-            shape = "(..., L, " if rank == 2 else "(..., "
-            raise ValueError(f"ResidualBlock: u {tuple(u.shape)}, expected {shape}{self.d_model})")
 
 
 def _collect_dtypes(module: nn.Module, found: set[torch.dtype]) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from lrnnx_nn.residual_stream import Method, Stream, run_on_stream
+
 
 @runtime_checkable
 class Mixer(Protocol):
@@ -111,17 +113,11 @@ class Stack(nn.Module):
         dt_scale: float | Tensor = 1.0,
     ) -> Tensor:
         """Run over whole sequences u (..., L, H); return (..., L, H)."""
-        sequence: dict[str, Any] = {
-            "integration_timesteps": integration_timesteps, "lengths": lengths, "mask": mask,
-            "reset": reset, "dt_scale": dt_scale,
-        }  # fmt: skip
-        keeps_little = self.checkpoint and self.training and torch.is_grad_enabled()
-        for block in self.blocks:
-            if keeps_little:
-                u = recomputed(block, u, use_reentrant=False, **sequence)
-            else:
-                u = block(u, **sequence)
-        return u
+        stream, _ = self._on_stream(
+            "forward", Stream(u), integration_timesteps=integration_timesteps, lengths=lengths,
+            mask=mask, reset=reset, dt_scale=dt_scale,
+        )  # fmt: skip
+        return stream.total()
 
     def prefill(
         self,
@@ -139,16 +135,11 @@ class Stack(nn.Module):
         Raises:
             ValueError: a state of another number of blocks, or a bidirectional block.
         """
-        sequence: dict[str, Any] = {
-            "integration_timesteps": integration_timesteps, "lengths": lengths, "mask": mask,
-            "reset": reset, "dt_scale": dt_scale,
-        }  # fmt: skip
-        states = (None,) * len(self.blocks) if state is None else self._checked(state, "prefill")
-        after: list[Any] = []
-        for block, before in zip(self._mixers(), states, strict=True):
-            u, new = block.prefill(u, before, **sequence)
-            after.append(new)
-        return u, tuple(after)
+        stream, after = self._on_stream(
+            "prefill", Stream(u), state, integration_timesteps=integration_timesteps,
+            lengths=lengths, mask=mask, reset=reset, dt_scale=dt_scale,
+        )  # fmt: skip
+        return stream.total(), after
 
     def step(
         self,
@@ -163,13 +154,32 @@ class Stack(nn.Module):
         Raises:
             ValueError: a state of another number of blocks, or a bidirectional block.
         """
-        after: list[Any] = []
-        for block, before in zip(self._mixers(), self._checked(state, "step"), strict=True):
-            u_t, new = block.step(
-                u_t, before, integration_timestep=integration_timestep, dt_scale=dt_scale
+        stream, after = self._on_stream(
+            "step", Stream(u_t), state, integration_timestep=integration_timestep,
+            dt_scale=dt_scale,
+        )  # fmt: skip
+        return stream.total(), after
+
+    def _on_stream(
+        self, method: Method, stream: Stream, state: Sequence[Any] | None = None, **sequence: Any
+    ) -> tuple[Stream, tuple[Any, ...]]:
+        """Run every block; the last one's branch is left to whoever reads the stream next."""
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(
+                f"Stack.{method}: a state of {len(state)} blocks, expected {len(self.blocks)}"
             )
+        states = (None,) * len(self.blocks) if state is None else state
+        keeps_little = method == "forward" and self.checkpoint and self.training
+        after: list[Any] = []
+        for block, before in zip(self.blocks, states, strict=True):
+            if keeps_little and torch.is_grad_enabled():
+                u = recomputed(block, stream.total(), use_reentrant=False, **sequence)
+                stream = Stream(u)
+                continue
+            given = () if method == "forward" else (before,)
+            stream, new = run_on_stream(block, method, stream, *given, **sequence)
             after.append(new)
-        return u_t, tuple(after)
+        return stream, tuple(after)
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows."""
@@ -177,10 +187,3 @@ class Stack(nn.Module):
 
     def _mixers(self) -> list[Any]:
         return list(self.blocks)
-
-    def _checked(self, state: Sequence[Any], where: str) -> Sequence[Any]:
-        if len(state) != len(self.blocks):
-            raise ValueError(
-                f"Stack.{where}: a state of {len(state)} blocks, expected {len(self.blocks)}"
-            )
-        return state

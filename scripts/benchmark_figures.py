@@ -37,6 +37,8 @@ FAMILIES = {
     "rg_lru": Family("RG-LRU"),
     "s5": Family("S5 layer"),
     "s4d": Family("S4D layer"),
+    "sums": Family("Vandermonde and Cauchy sums"),
+    "mamba_block": Family("Mamba block"),
     "decode": Family("Decoding", "one step"),
 }
 COLOURS = {
@@ -48,6 +50,8 @@ COLOURS = {
     "recurrence": viz.GREEN,
     "linear_scan": viz.GREEN,
     "torch.compile": viz.ORANGE,
+    "torch, in blocks": viz.GREEN,
+    "torch, whole matrix": viz.ORANGE,
     "torch conv1d (B,C,L)": viz.ORANGE,
     "accelerated-scan (B,D,L)": viz.RED,
     "FLA chunk_hgrn": viz.PURPLE,

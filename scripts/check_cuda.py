@@ -61,6 +61,12 @@ MAY_SPILL: dict[tuple[str, int], int] = {
     ("selective_scan_backward float32 zoh x2 n4 lanes 4", 100): 12,
     ("selective_scan_backward float32 zoh x2 n4 lanes 4", 120): 4,
     ("selective_scan_backward float32 complex64 zoh no softplus no gate n2 lanes 8", 120): 4,
+    ("mamba_step_mixed bfloat16 outputs 1 rows 1", 120): 4,
+    ("mamba_step bfloat16 zoh lanes 4 rows 4", 100): 4,
+    ("mamba_step bfloat16 zoh lanes 4 rows 4", 120): 12,
+    ("linear_step bfloat16 group 32 outputs 1 rows 8", 100): 8,
+    ("add_norm float64", 120): 8,
+    ("add_norm float64 mean", 120): 8,
 }
 """(what `label` returns, architecture) -> bytes of spill stores that are accepted.
 
@@ -150,9 +156,15 @@ WORDS = {
     "PACK": ("1", "x{}"),
     "PER_LANE": ("", "n{}"),
     "LANES": ("", "lanes {}"),
+    "GROUP": ("", "group {}"),
+    "OUTPUTS": ("", "outputs {}"),
     "ROWS": ("", "rows {}"),
+    "RANK": ("0", "rank {}"),
+    "SIDE": ("", "side {}"),
+    "ACROSS": ("16", "across {}"),
     "STATE_WIDTH": ("", "h{}"),
     "MATRIX_WIDTH": ("", "m{}"),
+    "LAYER": ("0", "mean"),
 }
 
 

@@ -426,7 +426,13 @@ CASES: dict[str, list[Case]] = {
             discretization="bilinear",
             timestep_mode="state_only",
         ),
-        diagonal_case("dirac without steps", "integration_timesteps", discretization="dirac"),
+        diagonal_case(
+            "dirac without steps, reverse",
+            "h0",
+            "integration_timesteps",
+            discretization="dirac",
+            reverse=True,
+        ),
         diagonal_case(
             "varying step", "dt", "integration_timesteps", "reset", discretization="mamba"
         ),

@@ -50,7 +50,8 @@ def test_every_case_runs_at_a_small_size_and_is_right(
         assert all(math.isfinite(f) and f > 0 for f in rows["floor_ms"])
         row = rows["lrnnx-core"]
         assert row["forward"] > 0
-        assert row["error"] < (1e-2 if "bf16" in case or "shape" in case else 1e-6)
+        single = 1e-4 if "cauchy" in case else 1e-6  # lightly damped poles
+        assert row["error"] < (1e-2 if "bf16" in case or "shape" in case else single)
     assert next(c for c, *_ in figures.rows(session.report)) in cases
     text = figures.table(name, json.loads(json.dumps(session.report)))
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}

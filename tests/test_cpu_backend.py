@@ -59,6 +59,37 @@ def run_python(code: str, **environment: str) -> str:
 # ---------------------------------------------------------------- the pool
 
 
+@pytest.fixture(params=["torch's threads", "Python's"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test run on each kind of threads."""
+    if request.param == "Python's":
+        monkeypatch.setattr(pool, "_threads", pool._Threads())
+    elif isinstance(pool._threads, pool._Threads):
+        pytest.skip("torch has no OpenMP here, or none that can be reached")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GOMP_parallel is Linux's")
+def test_kernels_run_on_the_threads_of_torch() -> None:
+    """Others share a core with those, which spin for milliseconds after each of its operators."""
+    assert torch.backends.openmp.is_available()
+    assert isinstance(pool._threads, pool._Team)
+    code = """
+        import os, threading, torch
+        from lrnnx_core.backends.cpu import pool
+        torch.set_num_threads(2)
+        torch.ones(2**20).add_(1)
+        before = len(os.listdir("/proc/self/task"))
+        barrier, seen = threading.Barrier(2, timeout=20), set()
+        def kernel(begin, end, worker):
+            seen.add(threading.get_native_id())
+            barrier.wait()
+        pool.run(kernel, 2, 2)
+        print(len(seen), len(os.listdir("/proc/self/task")) - before)
+    """
+    assert run_python(code).split() == ["2", "0"]
+
+
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
 def test_shares_are_contiguous_ordered_and_complete(workers: int) -> None:
     seen: dict[int, tuple[int, int]] = {}
@@ -70,18 +101,20 @@ def test_shares_are_contiguous_ordered_and_complete(workers: int) -> None:
     assert all(a[1] == b[0] for a, b in itertools.pairwise(bounds))
 
 
+@pytest.mark.usefixtures("either")
 def test_shares_run_at_the_same_time_and_one_in_the_caller() -> None:
     barrier, names = threading.Barrier(3, timeout=20), []
 
     def kernel(begin: int, end: int, worker: int) -> None:
-        names.append(threading.current_thread().name)
+        names.append(threading.get_ident())
         barrier.wait()
 
     pool.run(kernel, 3, 3)
-    assert threading.current_thread().name in names
+    assert threading.get_ident() in names
     assert len(set(names)) == 3
 
 
+@pytest.mark.usefixtures("either")
 def test_the_first_workers_exception_arrives_after_all_have_ended() -> None:
     ended: list[int] = []
 
@@ -99,11 +132,11 @@ def test_the_first_workers_exception_arrives_after_all_have_ended() -> None:
     assert sorted(ended) == [0, 1, 2, 3]
 
 
+@pytest.mark.usefixtures("either")
 def test_runs_inside_runs_and_from_many_threads_do_not_wait_for_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pool, "MOST", 1)  # one thread for all: queued shares fall to the callers
-    monkeypatch.setattr(pool, "_threads", pool._Threads())
     done: list[int] = []
 
     def inner(begin: int, end: int, worker: int) -> None:

@@ -45,7 +45,7 @@ def new_tensors_are_on_the_gpu() -> Iterator[None]:
 
 
 Problem = list[Tensor | None]
-Choices = tuple[bool, str]  # state_only, scheme
+Choices = tuple[Any, ...]  # state_only, scheme, reverse if it is
 
 
 def problem(
@@ -157,13 +157,16 @@ def test_error_is_at_most_twice_that_of_pytorch(
         inputs = problem(3, length, size, dtype=dtype, optional=optional, scheme=scheme)
         for state_only in (False, True) if "integration_timesteps" in optional else (False,):
             check(inputs, (state_only, scheme), (length, size, state_only))
+        check(inputs, (False, scheme, True), (length, size, "reverse"))
 
 
 @pytest.mark.parametrize("scheme", ["none", "zoh"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lengths_around_a_tile(dtype: torch.dtype, scheme: str) -> None:
     for length in sorted(lengths_around_a_tile(dtype, scheme)):
-        check(problem(length, 3, dtype=dtype, scheme=scheme), (False, scheme), length)
+        for reverse in (False, True):
+            inputs = problem(length, 3, dtype=dtype, scheme=scheme)
+            check(inputs, (False, scheme, reverse), (length, reverse))
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 16, 31, 32, 33, 48, 70])
@@ -173,6 +176,7 @@ def test_widths_and_the_gradient_of_timesteps(size: int) -> None:
         inputs = problem(batch, 70, size, dtype=torch.float32, optional=("dt", *OPTIONS))
         check(inputs, (True, "zoh"), (batch, size))
         check(inputs, (False, "dirac"), (batch, size))
+        check(inputs, (False, "zoh", True), (batch, size, "reverse"))
 
 
 def test_decays_of_any_kind() -> None:
@@ -245,6 +249,21 @@ def test_slices_strides_of_zero_and_misaligned_storage(dtype: torch.dtype) -> No
         )
     ]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reverse_is_the_flipped_sequence_to_the_bit(dtype: torch.dtype) -> None:
+    inputs = problem(3, 333, 40, dtype=dtype, optional=("dt", *OPTIONS))
+    flipped = [t.flip(1) if n in SEQUENCES else t for n, t in zip(FIELDS, inputs, strict=True)]
+    g, g_last = cotangents(inputs)
+    h, last = cuda_diagonal.diagonal_scan(*inputs, False, "zoh", True)
+    found = backward(cuda_diagonal, h, (g, g_last), inputs, (False, "zoh", True))
+    want_h, want_last = cuda_diagonal.diagonal_scan(*flipped, False, "zoh")
+    want = backward(cuda_diagonal, want_h, (g.flip(1), g_last), flipped, (False, "zoh"))
+    assert torch.equal(h, want_h.flip(1))
+    assert torch.equal(last, want_last)
+    for name, got, other in zip(RESULTS[2:], found, want, strict=True):
+        assert torch.equal(got, other.flip(1) if name in ("dx", "ddt", "dtimesteps") else other)
 
 
 def test_batch_dimensions_that_do_not_merge_are_copied() -> None:

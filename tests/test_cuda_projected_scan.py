@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from test_projected_scan import *  # noqa: F403  # every test of the operator, collected again here
-from test_projected_scan import arguments, projected_scan
+from test_projected_scan import BOTH, arguments, run
 from torch import Tensor
 
 from lrnnx_core.backends import cuda, cuda_feedthrough
@@ -30,9 +30,15 @@ def test_the_kernels_are_in_force() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda.Kernel, "launch", lambda self, *rest: launched.append(self.entry))
         named = arguments("none", 2, dtype=torch.float32)
-        projected_scan(**named | {"u": named["u"].requires_grad_()})[0].sum().backward()
-    scans = ["diagonal_scan", "diagonal_scan_backward", "diagonal_sums"]
-    assert launched == [*scans, "feedthrough_backward", "sum_partials"]
+        named["u"].requires_grad_()
+        run(**named)[0].sum().backward()
+        found = launched.copy()
+        launched.clear()
+        run(**{n: t for n, t in named.items() if n not in BOTH})[0].sum().backward()
+    forward, *back = ["diagonal_scan", "diagonal_scan_backward", "diagonal_sums"]
+    direct = ["feedthrough_backward", "sum_partials"]
+    assert launched == [forward, *back, *direct]
+    assert found == [forward, forward, *back, *back, *direct]
 
 
 @pytest.mark.parametrize("dtype", cuda_feedthrough.DTYPES, ids=str)

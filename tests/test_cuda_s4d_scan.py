@@ -395,3 +395,47 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert bool((du[:, :1000] == 8).all())
     # the sum over the steps of r = dm / da, 4 in the middle
     torch.testing.assert_close(da, torch.full_like(da, 4.0 * length), rtol=1e-4, atol=0)
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("segmented", [False, True], ids=["whole", "segments"])
+def test_reverse_is_the_flipped_sequence_to_the_bit(
+    dtype: torch.dtype, segmented: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if segmented:
+        monkeypatch.setattr(cuda_s4d, "LONG", 256)
+        monkeypatch.setattr(cuda_s4d, "LONG_IF_NARROW", 256)
+        monkeypatch.setattr(cuda_s4d, "SHORTEST", 64)
+        cuda_s4d.segments.cache_clear()
+    for channels, reset in ((5, 0.0), (16, 0.01)):
+        x = problem(3, 1101, channels, states=8, dtype=dtype, reset=reset)
+        u, a, v, D, _, flags = x
+        g, g_last = cotangents(x)
+        # as it lies within a longer sequence, so that no copy is made
+        longer = torch.cat([u, u], 1)[:, 1101:]
+        y, last, kept = cuda_s4d.s4d_scan(longer, a, v, D, None, flags, False, True)
+        du, *more = cuda_s4d.s4d_scan_backward(kept, g, g_last, longer, a, v, D, None, flags, True)
+        turned = (u.flip(1), a, v, D, None, None if flags is None else flags.flip(1))
+        want = run(cuda_s4d, turned, (g.flip(1), g_last))
+        assert same((y.flip(1), last, du.flip(1), *more), want)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_layer_with_padding_on_the_gpu_is_the_recurrent_one(bidirectional: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    params = s4d.init(20, 64, bidirectional=bidirectional, generator=generator, device="cuda")
+    u = torch.randn(3, 300, 20, generator=generator)
+    lengths = torch.tensor([300, 170, 0])
+    mask = torch.rand(3, 300, generator=generator) > 0.3
+    reset = torch.rand(3, 300, generator=generator) > 0.98
+    for more in ({"lengths": lengths}, {"mask": mask, "reset": reset}, {"reset": reset}):
+        found = []
+        for dtype, mode in ((torch.float64, "recurrent"), (torch.float32, "auto")):
+            own = {k: t.detach().to(dtype).requires_grad_() for k, t in params.items()}
+            x = u.to(dtype).requires_grad_()
+            y, last = s4d.scan(own, x, mode=mode, bidirectional=bidirectional, **more)
+            loss = y.square().sum() + last.abs().square().sum()
+            grads = torch.autograd.grad(loss, [x, *own.values()])
+            found.append((y.detach(), last.detach(), *grads))
+        for want, got in zip(*found, strict=True):
+            assert error(got, want) < 4e-5

@@ -17,6 +17,8 @@ from lrnnx_core.backends import (
     cuda_conv1d,
     cuda_diagonal,
     cuda_linear_scan,
+    cuda_linear_step,
+    cuda_mamba_step,
     cuda_rg_lru,
     cuda_selective_step,
 )
@@ -28,7 +30,10 @@ ENTRIES = {k.entry for kernels in cuda.KERNELS.values() for k in kernels(H100)}
 @pytest.fixture
 def cpu_for_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let CPU tensors pass for CUDA ones, up to the launch."""
-    modules = (cuda_linear_scan, cuda_rg_lru, cuda_diagonal, cuda_conv1d, cuda_selective_step)
+    modules = (
+        cuda_linear_scan, cuda_rg_lru, cuda_diagonal, cuda_conv1d, cuda_selective_step,
+        cuda_linear_step, cuda_mamba_step,
+    )  # fmt: skip
     monkeypatch.setattr(cuda, "ready", lambda: True)
     monkeypatch.setattr(cuda, "limits", lambda device: H100)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -66,7 +71,11 @@ def test_faults_are_planted_in_every_kernel_and_only_once() -> None:
         reported = [k for fault in faults for k in fault.kernels]
         assert len(set(reported)) == len(reported)
         # these have no shared memory, so no hazard on it
-        alone = {"selective_step", "causal_conv1d", "s4d_starts"} if tool == "racecheck" else set()
+        alone = {
+            "selective_step", "mamba_step", "causal_conv1d", "s4d_starts", "diagonal_drive",
+            "diagonal_read", "siso_step", "griffin_taps", "griffin_close",
+        }  # fmt: skip
+        alone = alone if tool == "racecheck" else set()
         assert set(reported) == ENTRIES - alone
     assert all(any(part in name for part in sanitize.FILTERS) for name in ENTRIES)
 

@@ -150,6 +150,25 @@ def test_the_fused_gradients_are_those_of_the_loop(
 
 
 @pytest.mark.parametrize("scheme", NAMES)
+def test_reverse_is_the_flipped_sequence(scheme: str) -> None:
+    steady = ("h0", *FLAGS)
+    for optional in (steady,) if scheme == "none" else (steady, OPTIONS, ("dt", *OPTIONS)):
+        named = arguments(2, 9, 3, optional=optional)
+        inputs = [t.requires_grad_() for t in named.values() if t.dtype != torch.bool]
+        flipped = {n: t.flip(1) if t.ndim > 1 and n != "h0" else t for n, t in named.items()}
+        found = []
+        for given, reverse in ((named, True), (flipped, False)):
+            for backend in ("auto", "reference"):
+                h, last = run(given, scheme, reverse=reverse, backend=backend)
+                h = h if reverse else h.flip(1)
+                loss = (h.sin() * torch.arange(9).unsqueeze(-1)).sum() + last.abs().sum()
+                found.append((h, last, *torch.autograd.grad(loss, inputs, retain_graph=True)))
+        for other in found[1:]:
+            for got, want in zip(other, found[0], strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scheme", NAMES)
 def test_gradcheck_of_everything_at_once(scheme: str) -> None:
     for steps in ((), ("steps",), ("dt",)) if scheme != "none" else ((),):
         chosen = (*OPTIONS, *steps) if scheme != "none" else ("h0", *FLAGS)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacfwd, vmap
 
-from lrnnx_core.ops.projected_scan import _composite, projected_scan
+from lrnnx_core.ops.projected_scan import Backwards, _composite, projected_scan
 
 F64 = torch.float64
 SCHEMES = ("none", "dirac", "mamba", "zoh", "bilinear")
+BOTH = ("C2", "later", "ends")  # of the direction against time
 
 
 def arguments(
@@ -34,20 +35,32 @@ def arguments(
         "u": draw(*batch, length, width),
         "B": draw(2 * size, width),
         "C": draw(width, 2 * size),
+        "C2": draw(width, 2 * size),
         "D": draw(width),
         "A": torch.complex(-0.05 - draw(size).abs(), draw(size)),
         "h0": torch.complex(draw(*batch, size), draw(*batch, size)),
         "reset": draw(*batch, length) > 1,
         "mask": draw(*batch, length) > -1,
+        "ends": draw(*batch, length) > 1,
     }
     if scheme == "none":
         return found | {"A": torch.exp(found["A"])}
     found["integration_timesteps"] = draw(*batch, length).abs()
+    found["later"] = draw(*batch, length).abs()
     return found | {"dt": 0.1 + draw(size).abs()}
 
 
+def run(scheme: str = "none", **named: Any) -> tuple[Tensor, Tensor]:
+    own = [named.pop(n, None) for n in BOTH]
+    backwards = None if own[0] is None else Backwards(*own)
+    return projected_scan(**named, discretization=scheme, backwards=backwards)
+
+
 def plain(scheme: str, **named: Tensor) -> tuple[Tensor, Tensor]:
-    names = ("u", "B", "C", "D", "A", "steps", "dt", "h0", "integration_timesteps", "reset", "mask")
+    names = (
+        "u", "B", "C", "C2", "D", "A", "steps", "dt", "h0", "integration_timesteps", "later",
+        "reset", "ends", "mask",
+    )  # fmt: skip
     steps = named.get("dt")
     given: dict[str, Any] = {**named, "steps": steps, "dt": None}
     return _composite(*(given.get(n) for n in names), False, scheme)
@@ -55,17 +68,33 @@ def plain(scheme: str, **named: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_values_and_gradients_are_those_of_the_pieces(scheme: str) -> None:
-    for leave_out in ((), ("D", "h0"), ("reset", "mask", "integration_timesteps")):
+    for leave_out in ((), ("D", "h0"), ("reset", "mask", "integration_timesteps", *BOTH)):
         named = {n: t for n, t in arguments(scheme, 2, 3).items() if n not in leave_out}
         inputs = [t.requires_grad_() for t in named.values() if t.dtype != torch.bool]
         if "D" in leave_out:
             named["D"] = None
         found = []
-        for y, last in (projected_scan(**named, discretization=scheme), plain(scheme, **named)):
+        for y, last in (run(scheme, **named), plain(scheme, **named)):
             grads = torch.autograd.grad(y.sin().sum() + last.abs().sum(), inputs)
             found.append((y, last, *grads))
         for got, want in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_other_direction_is_the_flipped_sequence(scheme: str) -> None:
+    named = arguments(scheme, 2)
+    named |= {"D": None, "h0": None}
+    y, last = run(scheme, **named)
+    C2, later, ends = (named.pop(n, None) for n in BOTH)
+    forward, end = run(scheme, **named)
+    own = {"C": C2, "reset": ends} | ({} if later is None else {"integration_timesteps": later})
+    flipped = {n: (named | own)[n].flip(1) for n in ("u", "mask", "reset")}
+    if later is not None:
+        flipped["integration_timesteps"] = later.flip(1)
+    backward, _ = run(scheme, **(named | own | flipped))
+    torch.testing.assert_close(y, forward + backward.flip(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(last, end)
 
 
 @pytest.mark.parametrize("scheme", ["none", "zoh"])
@@ -74,9 +103,7 @@ def test_second_derivatives(scheme: str) -> None:
     names = [n for n in named if named[n].dtype != torch.bool]
 
     def call(*tensors: Tensor) -> Any:
-        return projected_scan(
-            **(named | dict(zip(names, tensors, strict=True))), discretization=scheme
-        )
+        return run(scheme, **(named | dict(zip(names, tensors, strict=True))))
 
     inputs = tuple(named[n].requires_grad_() for n in names)
     assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
@@ -86,10 +113,10 @@ def test_second_derivatives(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["none", "zoh"])
 def test_transforms(scheme: str) -> None:
     named = arguments(scheme, 3)
-    rest = {n: named[n] for n in ("C", "D", "A", "dt") if n in named}
+    rest = {n: named[n] for n in ("C", "C2", "D", "A", "dt") if n in named}
 
     def loss(B: Tensor, u: Tensor) -> Tensor:
-        return projected_scan(u, B, **rest, discretization=scheme)[0].sin().sum()
+        return run(scheme, u=u, B=B, **rest)[0].sin().sum()
 
     B, u = named["B"], named["u"]
     samples = torch.stack([grad(loss)(B, x) for x in u])
@@ -102,14 +129,14 @@ def test_transforms(scheme: str) -> None:
 
 def test_no_steps_and_float32() -> None:
     named = arguments("none", 2, length=0)
-    y, last = projected_scan(**named)
+    y, last = run(**named)
     assert y.shape == (2, 0, 4)
     torch.testing.assert_close(last, named["h0"])
-    inputs = [named[n].requires_grad_() for n in ("u", "B", "C", "D", "A", "h0")]
-    y, last = projected_scan(**named)
+    inputs = [named[n].requires_grad_() for n in ("u", "B", "C", "C2", "D", "A", "h0")]
+    y, last = run(**named)
     grads = torch.autograd.grad(y.sum() + last.real.sum(), inputs, allow_unused=True)
     assert all(g is None or g.shape == x.shape for g, x in zip(grads, inputs, strict=True))
-    y, last = projected_scan(**arguments("zoh", 2, dtype=torch.float32), discretization="zoh")
+    y, last = run("zoh", **arguments("zoh", 2, dtype=torch.float32))
     assert (y.dtype, last.dtype) == (torch.float32, torch.complex64)
 
 
@@ -118,7 +145,7 @@ def test_compiled_as_one_graph() -> None:
     named = arguments("zoh", 2)
 
     def loss(u: Tensor, B: Tensor) -> Tensor:
-        return projected_scan(**(named | {"u": u, "B": B}), discretization="zoh")[0].sin().sum()
+        return run("zoh", **(named | {"u": u, "B": B}))[0].sin().sum()
 
     inputs = (named["u"].requires_grad_(), named["B"].requires_grad_())
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

@@ -16,6 +16,7 @@ import torch
 from backends_both import both_backends  # noqa: F401
 from op_cases import draw
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrnnx_core.backends import blocked_selective
 from lrnnx_core.backends.blocked_selective import CHUNK
@@ -711,25 +712,28 @@ def test_a_row_is_independent_of_the_batch_around_it(dtype: torch.dtype, scheme:
 # ---------------------------------------------------------------- cost of what is off
 
 
+class Leaves(TorchDispatchMode):
+    """Keep the name, the arguments and the results of every leaf operator that runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...], Any]] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = op(*args, **(kwargs or {}))
+        if op.namespace == "lrnnx_core":
+            self.calls.append((op.name().split("::")[1], args, found))
+        return found
+
+
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_that_is_off_adds_no_tensor(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_that_is_off_adds_no_tensor(option: str) -> None:
     optional, shape, options = OPTIONS[option]
     named = problem(CHUNK + 1, *optional, **shape)
-    calls: dict[str, list[tuple[Any, ...]]] = {"_leaf": [], "_leaf_backward": []}
-
-    def spy(name: str) -> Callable[..., Any]:
-        leaf = getattr(module, name)
-
-        def call(*arguments: Any) -> Any:
-            calls[name].append(arguments)
-            return leaf(*arguments)
-
-        return call
-
-    for name in calls:
-        monkeypatch.setattr(module, name, spy(name))
-    results(named, **options)
-    (forward,), (backward,) = calls["_leaf"], calls["_leaf_backward"]
+    with Leaves() as leaves:
+        results(named, **options)
+    (_, forward, _), (_, backward, _) = leaves.calls
+    assert [name for name, *_ in leaves.calls] == ["selective_scan", "selective_scan_backward"]
     fields = [f if f != "timesteps" else "integration_timesteps" for f in module.Arguments._fields]
     for arguments in (forward[:12], backward[3:15]):
         given = {f for f, t in zip(fields, arguments, strict=True) if t is not None}
@@ -767,24 +771,18 @@ def test_autograd_keeps_the_inputs_and_one_state_a_chunk(option: str) -> None:
     assert max(kept.values()) < length * states
 
 
-def test_without_a_backward_to_come_no_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_backward_to_come_no_state_is_kept() -> None:
     named = problem(3 * CHUNK)
-    kept: list[int] = []
-    leaf = module._leaf
-
-    def spy(*arguments: Any) -> Any:
-        found = leaf(*arguments)
-        kept.append(found[2].numel())
-        return found
-
-    monkeypatch.setattr(module, "_leaf", spy)
-    want = selective_scan(**named)
-    with torch.no_grad():
-        got = selective_scan(**named)
-        slope = torch.func.grad(lambda u: selective_scan(**named | {"u": u})[0].sum())(named["u"])
+    with Leaves() as leaves:
+        want = selective_scan(**named)
+        with torch.no_grad():
+            got = selective_scan(**named)
+            slope = torch.func.grad(lambda u: selective_scan(**named | {"u": u})[0].sum())
+            gradient = slope(named["u"])
+    kept = [found[2].numel() for name, _, found in leaves.calls if name == "selective_scan"]
     assert kept == [2 * 3 * E * N, 0, 2 * 3 * E * N]
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
-    assert bool(slope.isfinite().all())
+    assert bool(gradient.isfinite().all())
 
 
 @pytest.mark.slow

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lrnnx_core import registry
-from lrnnx_nn import LAYERS, S4D, S5, Block, Gated, Mamba, Mixer, Stack
+from lrnnx_core.ops.add_norm import add_norm
+from lrnnx_nn import (
+    LAYERS,
+    S4D,
+    S5,
+    Block,
+    Gated,
+    LRNNLMHeadModel,
+    Mamba,
+    Mixer,
+    Stack,
+    residual_stream,
+)
 
 same = torch.testing.assert_close
 
@@ -116,3 +130,99 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="bidirectional"):
         both.prefill(u.float())
     assert registry.get("s5").name == both[0].name
+
+
+def language_model(**options: Any) -> LRNNLMHeadModel:
+    return LRNNLMHeadModel(4, 4, 3, 11, ("s5", "mamba"), d_intermediate=6, **options)
+
+
+def network(name: str) -> nn.Module:
+    """Return a model whose sums and norms a GPU makes in one pass, in float64."""
+    torch.manual_seed(0)
+    if name == "language model":
+        return language_model().double()
+    if name == "parallel":
+        return language_model(block="parallel", norm="layer", gradient_checkpointing=True).double()
+    norms = ("rms", "layer", "batch", "rms")
+    blocks = [Block(4, S5(4, 4), norm=n, prenorm=n != "layer") for n in norms]
+    return Stack([*blocks, S5(4, 4), Stack([Block(4, S5(4, 4))]), *blocks[:1]]).double()
+
+
+def everything(model: nn.Module, u: Tensor) -> list[Tensor]:
+    """Return outputs, states and gradients of all methods."""
+    values = dict(model.named_parameters())
+    y = model.train()(u)
+    found = [y, *torch.autograd.grad(y.sin().sum(), list(values.values()))]
+    model.eval()
+    found += tree_leaves(model.prefill(u, lengths=torch.tensor([5, 3])))  # pyright: ignore[reportCallIssue]
+    y, state = model.prefill(u[:, :4])  # pyright: ignore[reportCallIssue]
+    found += [y, *tree_leaves(model.step(u[:, 4], state))]  # pyright: ignore[reportCallIssue]
+    call = torch.func.functional_call
+    gradients = torch.func.grad(lambda p: call(model, p, (u,)).sin().sum())(values)
+    return [*found, *gradients.values()]
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Let the next norm add a waiting branch; return a list of whether each had one."""
+    waited: list[bool] = []
+
+    def recorded(x: Tensor, branch: Tensor | None, *rest: Any, **options: Any) -> Any:
+        waited.append(branch is not None)
+        return add_norm(x, branch, *rest, **options)
+
+    monkeypatch.setattr(residual_stream, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(residual_stream, "add_norm", recorded)
+    return waited
+
+
+@pytest.mark.parametrize("name", ["language model", "parallel", "stack"])
+def test_sums_made_by_the_next_norm_change_nothing(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    u = (
+        torch.randn(2, 5, 4, dtype=torch.float64)
+        if name == "stack"
+        else torch.arange(10).view(2, 5)
+    )
+    want = everything(network(name), u)
+    waited = request.getfixturevalue("as_on_a_gpu")
+    got = everything(network(name), u)
+    assert set(waited) == {True, False}
+    for a, b in zip(got, want, strict=True):
+        same(a, b, rtol=1e-10, atol=1e-11)
+
+
+def test_hooks_and_other_norms_see_the_sum(as_on_a_gpu: list[bool]) -> None:
+    model, ids = network("language model").eval(), torch.arange(5)
+    with torch.no_grad():
+        want, plain = model(ids), list(as_on_a_gpu)
+    assert plain == [False, *[True] * 6]
+    first, second, _ = model.layers  # pyright: ignore[reportGeneralTypeIssues, reportArgumentType]
+    heard: dict[str, Tensor] = {}
+    first.register_forward_hook(lambda m, i, o: heard.update(first=o))
+    second.register_forward_pre_hook(lambda m, i: heard.update(second=i[0]))
+    model.norm.register_forward_pre_hook(lambda m, i: heard.update(norm=i[0]))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    as_on_a_gpu.clear()
+    with torch.no_grad():
+        same(model(ids), want)
+    assert heard["first"] is heard["second"]
+    assert as_on_a_gpu == [False, True] * 3
+    with torch.no_grad():
+        same(heard["norm"], model.layers(model.embedding(ids)))  # pyright: ignore[reportCallIssue]
+    second.norm1 = nn.Sequential(second.norm1)
+    as_on_a_gpu.clear()
+    with torch.no_grad():
+        same(model(ids), want)
+    assert as_on_a_gpu == [False, True, True, False, True]
+
+
+@pytest.mark.compile
+def test_a_stack_of_streams_compiles(as_on_a_gpu: list[bool]) -> None:
+    torch.manual_seed(0)
+    stack = Stack([Block(4, S5(4, 4), norm="rms") for _ in range(2)])
+    u = torch.randn(2, 5, 4)
+    want = stack(u)
+    as_on_a_gpu.clear()
+    compiled = torch.compile(stack, backend="aot_eager")
+    same(compiled(u), want)

@@ -15,7 +15,10 @@ from pathlib import Path
 
 from benchmarks.cuda import timing
 
-NAMES = ("linear_scan", "selective_scan", "conv1d", "rg_lru", "s5", "s4d", "decode")
+NAMES = (
+    "linear_scan", "selective_scan", "conv1d", "rg_lru", "s5", "s4d", "sums", "mamba_block",
+    "decode",
+)  # fmt: skip
 
 
 def main() -> int:

@@ -7,9 +7,10 @@ All times are those of a step inside a CUDA graph. The state update is one call 
 scan with L = 1, with bfloat16 activations and a float32 state. Calls take turns among eight states,
 more than the L2 cache holds; "recurrence" feeds the state back, so that a part of it may still be
 in the cache. The floor is the state read and written, and what a channel brings. The model has the
-shape of Mamba-130m (24 layers, width 768, 50280 tokens, random weights in bfloat16), picks its next
-token itself and keeps its states in place, which copies them; its floor is the weights read once
-and the states read and written once.
+shape of Mamba-130m (24 layers, width 768, 50280 tokens, random weights in bfloat16): it is the
+library's `LRNNLMHeadModel` in the CUDA graph of `lrnnx_nn.generation`, with the choice of the next
+token, and as "generate" a greedy token of `generate`, by the clock on the wall. Its floor is the
+weights read once and the states read and written once.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.cuda import timing
 from benchmarks.cuda.timing import Row, Session, relative_error
 from lrnnx_core.backends import blocked_selective
 from lrnnx_core.ops import selective_scan
-from lrnnx_nn import Mamba
+from lrnnx_nn import LRNNLMHeadModel
+from lrnnx_nn.generation import engine, generate
+from lrnnx_nn.generation.state import state_bytes
 
 BF16 = torch.bfloat16
 UPDATES = {"B64 E4096 N16": (64, 4096, 16), "B1 E1536 N16": (1, 1536, 16)}
@@ -98,48 +102,52 @@ def recurrence(session: Session, x: Update) -> Row:
 # ------------------------------------------------------------------------------ a whole model
 
 
-class Model(nn.Module):
-    """Embedding, pre-norm Mamba layers with residuals, norm, and the embedding again as head."""
-
-    def __init__(self, tokens: int, d_model: int, layers: int, device: str) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(tokens, d_model, device=device)
-        self.norms = nn.ModuleList(nn.RMSNorm(d_model, device=device) for _ in range(layers))
-        self.mixers = nn.ModuleList(Mamba(d_model, device=device) for _ in range(layers))
-        self.norm = nn.RMSNorm(d_model, device=device)
-
-    def init_state(self, batch: int) -> list[Any]:
-        return [mixer.init_state((batch,)) for mixer in self.mixers]
-
-    def step(self, tokens: Tensor, states: list[Any]) -> tuple[Tensor, list[Any]]:
-        """Return the logits (batch, tokens) after the given ones (batch,), and the new states."""
-        x, new = self.embedding(tokens), []
-        for norm, mixer, state in zip(self.norms, self.mixers, states, strict=True):
-            y, after = mixer.step(norm(x), state)
-            x = x + y
-            new.append(after)
-        return nn.functional.linear(self.norm(x), self.embedding.weight), new
+def model_of(tokens: int, d_model: int, layers: int, device: str) -> LRNNLMHeadModel:
+    """Return the library's language model of Mamba layers, in bfloat16, for decoding."""
+    torch.manual_seed(0)
+    model = LRNNLMHeadModel(d_model, 16, layers, tokens, ["mamba"], device=device)
+    return model.bfloat16().eval()
 
 
-def decoded(session: Session, model: Model, batch: int) -> Row:
-    """Time a step that leaves the next tokens and states where it took them from."""
+def decoded(session: Session, model: LRNNLMHeadModel, batch: int) -> Row:
+    """Time a step of the model and the choice of the next tokens in the engine's graph."""
     tokens = torch.arange(batch, device=session.device)
-    states = model.init_state(batch)
-    old = [t for state in states for t in state]
 
-    @torch.no_grad()
-    def step() -> None:
-        logits, new = model.step(tokens, states)
-        tokens.copy_(logits.argmax(-1))
-        torch._foreach_copy_(old, [t for state in new for t in state])
+    def step(carry: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        logits, state = model.step(*carry)
+        return logits.argmax(-1), state
 
     with torch.no_grad():
         exact = copy.deepcopy(model).double()
-        want, _ = exact.step(tokens, exact.init_state(batch))
-        error = relative_error(model.step(tokens, states)[0], want)
+        want, _ = exact.step(tokens, exact.init_state((batch,)))
+        carry = (tokens, model.init_state((batch,)))
+        error = relative_error(model.step(*carry)[0], want)
         del exact
-    ms = session.graph_ms(step)
+        if session.device == "cpu":
+            ms = session.median_ms(lambda: step(carry))
+        else:
+            carry, trace = engine.record(step, carry)
+            ms = session.median_ms(engine.prepared(model, batch, step, carry, trace).replay)
+            engine.release_graphs(model)
     return {"forward": ms, "error": error, "tokens a second": batch / ms * 1e3}
+
+
+def generated(session: Session, model: LRNNLMHeadModel, batch: int) -> Row:
+    """Time a greedy token of `generate`, the host's part included: many tokens less a few."""
+    prompt = torch.zeros(batch, 4, dtype=torch.int64, device=session.device)
+
+    def seconds(count: int) -> float:
+        session.synchronize()
+        start = time.perf_counter()
+        generate(model, prompt, count, temperature=0)
+        session.synchronize()
+        return time.perf_counter() - start
+
+    few, many = (2, 4) if session.tiny else (20, 276)
+    seconds(few)  # compiled and captured
+    ms = min((seconds(many) - seconds(few)) / (many - few) * 1e3 for _ in range(3))
+    engine.release_graphs(model)
+    return {"forward": ms, "tokens a second": batch / ms * 1e3}
 
 
 def measure(session: Session) -> None:
@@ -158,17 +166,17 @@ def measure(session: Session) -> None:
         calls = {"public": partial(x.call, x.states[0]), "leaf": partial(x.call_leaf, x.states[0])}
         session.note(f"host_us, update {name}", {k: session.host_us(f) for k, f in calls.items()})
         del x, calls
-    torch.manual_seed(0)
     shape = (100, 32, 2) if session.tiny else (50280, 768, 24)
-    model = Model(*shape, device=session.device).bfloat16()
+    model = model_of(*shape, device=session.device)
     weights = sum(p.nbytes for p in model.parameters())
     for batch in BATCHES:
-        states = sum(t.nbytes for state in model.init_state(batch) for t in state)
+        states = state_bytes(model.init_state((batch,)))
         name = f"Mamba-130m shape, B{batch}"
         try:
             session.case(
                 name, [session.floor_ms(weights + 2 * states)],
                 partial(decoded, session, model, batch),
+                others={"generate": partial(generated, session, model, batch)},
             )  # fmt: skip
         except RuntimeError as error:  # the state updates above are worth having without it
             session.report["skipped"][name] = str(error).splitlines()[0]

@@ -30,7 +30,8 @@ from unittest import mock
 ROOT = Path(__file__).parent.parent.parent
 FILTERS = (
     "linear_scan", "selective_", "causal_conv1d", "rg_lru", "sum_partials", "diagonal_", "s4d_",
-    "feedthrough_",
+    "feedthrough_", "add_norm", "linear_step", "mamba_step", "vandermonde", "cauchy",
+    "siso_step", "griffin_", "ssd_", "s7_step", "rms_norm",
 )  # fmt: skip
 """Parts of the names of all kernels: torch's own are not checked, which would take minutes."""
 
@@ -54,6 +55,7 @@ class Fault(NamedTuple):
 BARRIER = "__syncthreads();"
 AFTER_MAPS = "const Tile& at, const Initial& h0, const Row& row) {\n    __syncthreads();"
 AFTER_SUMS = "sums[warp][lane] = total;\n    __syncthreads();"
+AFTER_WARPS = "partial[threadIdx.x / 32] = one[0];\n    __syncthreads();"
 WIDENED = "        if (WIDEN && (B_VARIES || C_VARIES))\n            __syncthreads();"
 WIDENED_B = "        if (WIDEN && B_VARIES)\n            __syncthreads();"
 
@@ -94,16 +96,61 @@ FAULTS = {
               ("selective_ends",)),
         Fault("selective_step.cu", "p.y[my_row * p.channels + channel] =",
               "p.y[my_row * p.channels + channel + 1] =", ("selective_step",)),
+        Fault("step_diagonal.cu", "p.next[row * p.states + state] =",
+              "p.next[row * p.states + state + 1] =", ("diagonal_drive",)),
+        Fault("step_diagonal.cu", "p.y[row * p.outputs + output] =",
+              "p.y[row * p.outputs + output + 1] =", ("diagonal_read",)),
+        Fault("step_siso.cu", "p.y[row * p.channels * p.width + spot] =",
+              "p.y[row * p.channels * p.width + spot + 1] =", ("siso_step",)),
+        Fault("step_griffin.cu", "p.v[place] =", "p.v[place + 1] =", ("griffin_taps",)),
+        Fault("step_griffin.cu", "p.next[place] =", "p.next[place + 1] =",
+              ("griffin_gates", "griffin_close")),
+        Fault("step_ssd.cu", "p.made[row * width + first + channel] =",
+              "p.made[row * width + first + channel + 1] =", ("ssd_update",)),
+        Fault("step_ssd.cu", "y[e] = stored(gated", "y[e + 1] = stored(gated", ("ssd_close",)),
+        Fault("step_s7.cu", "p.y[row * H + i] =", "p.y[row * H + i + 1] =", ("s7_step",)),
+        Fault("step_norm.cu", "numbers.store(y + k)", "numbers.store(y + k + p.width)",
+              ("rms_norm",)),
+        Fault("linear_step.cu", "p.y[r * p.outputs + first + o] =",
+              "p.y[r * p.outputs + first + o + 1] =", ("linear_step",)),
+        Fault("mamba_step.cu", "p.y[my_row * p.channels + channel] =",
+              "p.y[my_row * p.channels + channel + 1] =", ("mamba_step",)),
+        Fault("mamba_step_mixed.cu", "p.mixed[(row + r) * p.pitch + column] =",
+              "p.mixed[(row + r) * p.pitch + column + p.pitch] =", ("mamba_step_mixed",)),
         Fault("s4d_scan.cu", "at.write(p.last, s, size, at.row);",
               "at.write(p.last, s, size, at.row + 1);", ("s4d_scan",)),
         Fault("s4d_scan.cu", "at.write(p.da, body.da, size, index);",
               "at.write(p.da, body.da, size, index + 1);", ("s4d_scan_backward",)),
         Fault("s4d_scan.cu", "at.write(p.ends, body.m, size, index);",
               "at.write(p.ends, body.m, size, index + 1);", ("s4d_ends",)),
+        Fault("add_norm.cu", "write(p.out + at + c,", "write(p.out + at + p.channels + c,",
+              ("add_norm",)),
+        Fault("add_norm.cu", "p.partial[to] = dw", "p.partial[to + p.channels] = dw",
+              ("add_norm_backward",)),
         Fault("s4d_scan.cu", "narrow_to(p.starts[at], m);", "narrow_to(p.starts[at + 1], m);",
               ("s4d_starts",)),
+        Fault("vandermonde.cu", "out[t + b] = sums", "out[t + b + 1] = sums", ("vandermonde",)),
+        Fault("vandermonde.cu", "(m ? p.second : p.first)[to] =",
+              "(m ? p.second : p.first)[to + 1] =", ("vandermonde_moments",)),
+        Fault("cauchy.cu", "* count + k) * 2);\n        }", "* count + k + 1) * 2);\n        }",
+              ("cauchy",)),
+        Fault("cauchy.cu", "partial[f * p.states + first + i] =",
+              "partial[(f + 1) * p.states + first + i] =", ("cauchy_backward",)),
+        Fault("cauchy.cu", "p.dsquare[to] =", "p.dsquare[to + 1] =", ("cauchy_sums",)),
     ),
     "racecheck": (
+        missing_barrier("step_griffin.cu", "start + k];\n        }\n        __syncthreads();",
+                        "griffin_gates"),
+        missing_barrier("step_ssd.cu", "p.D[head];\n    __syncthreads();", "ssd_update"),
+        missing_barrier("step_ssd.cu", AFTER_WARPS, "ssd_close"),
+        missing_barrier("step_norm.cu", AFTER_WARPS, "rms_norm"),
+        missing_barrier("step_s7.cu", "half /= 2) {\n            __syncthreads();", "s7_step"),
+        missing_barrier("linear_step.cu", "sum[o][r];\n        }\n        __syncthreads();",
+                        "linear_step"),
+        missing_barrier("mamba_step_mixed.cu", "lane / SHARE] = sum[0];\n    __syncthreads();",
+                        "mamba_step_mixed"),
+        missing_barrier("add_norm.cu", "mine[warp][i] = x[i];\n        __syncthreads();",
+                        "add_norm", "add_norm_backward"),
         missing_barrier("linear_scan.cu", AFTER_MAPS, "linear_scan", "linear_scan_backward"),
         missing_barrier("rg_lru.cu", AFTER_MAPS, "rg_lru", "rg_lru_backward"),
         missing_barrier("diagonal_scan.cu", AFTER_MAPS, "diagonal_scan", "diagonal_scan_backward"),
@@ -124,6 +171,14 @@ FAULTS = {
                         "selective_scan_backward"),
         Fault("s4d_scan.cu", "__syncwarp();  // the tile is there", "// the tile is there",
               ("s4d_scan", "s4d_scan_backward", "s4d_ends")),
+        missing_barrier("vandermonde.cu", "__syncthreads();  // the exponentials are there",
+                        "vandermonde"),
+        missing_barrier("vandermonde.cu", "__syncthreads();  // the sums of every thread",
+                        "vandermonde_moments"),
+        missing_barrier("cauchy.cu", "__syncthreads();  // the numbers are there", "cauchy"),
+        missing_barrier("cauchy.cu", "__syncthreads();  // the frequencies are there",
+                        "cauchy_backward"),
+        missing_barrier("cauchy.cu", "half /= 2) {\n        __syncthreads();", "cauchy_sums"),
     ),
 }  # fmt: skip
 
@@ -259,6 +314,7 @@ def diagonal_scan(number: Numbers, planted: bool) -> None:
                 number(batch, length, dtype=real), number.flags(batch, length),
                 ~number.flags(batch, length), True, "zoh",
             ]  # fmt: skip
+        rest.append(dtype != torch.float32)  # reverse
         h, last = kernels.diagonal_scan(x, *rest)
         kernels.diagonal_scan_backward(h, x, last, x, *rest)
 
@@ -283,8 +339,9 @@ def s4d_scan(number: Numbers, planted: bool) -> None:
                 reset = number.flags(batch, length) if rich else None
                 D = number(channels, dtype=real) if rich else None
                 rest = (u, a, v, D, lengths, reset)
-                y, last, kept = kernels.s4d_scan(*rest, rich)
-                kernels.s4d_scan_backward(kept, y, last, *rest)
+                reverse = not rich and dtype != torch.float32
+                y, last, kept = kernels.s4d_scan(*rest, rich, reverse)
+                kernels.s4d_scan_backward(kept, y, last, *rest, reverse)
         for cache in (kernels.launch, kernels.segments):
             cache.cache_clear()
 
@@ -300,6 +357,36 @@ def projected_scan(number: Numbers, planted: bool) -> None:
         kernels.add_gradients(dx, g, x, number(width, dtype=dtype))
         if planted:
             return
+
+
+def vandermonde(number: Numbers, planted: bool) -> None:
+    """Every size of a tile, one and several of them, few states and many, complex and real."""
+    import torch
+
+    from lrnnx_core.backends import cuda_vandermonde as kernels
+
+    dtypes = (torch.complex64, torch.complex128, torch.float32)
+    for dtype in dtypes[: 1 if planted else None]:
+        sizes = ((301, 35), (2501, 35), (2501, 3), (17_001, 35))
+        for length, states in sizes[: 1 if planted else None]:
+            z = -number(2, 3, states, dtype=dtype)
+            v = number(2, 2, 3, states, dtype=dtype, low=-1.0)
+            K = kernels.vandermonde(v, z, length)
+            kernels.vandermonde_moments(K, z)
+
+
+def cauchy(number: Numbers, planted: bool) -> None:
+    """Rows that fill a group and that do not, few states and many, several tiles."""
+    import torch
+
+    from lrnnx_core.backends import cuda_cauchy as kernels
+
+    for dtype in (torch.float32, torch.float64)[: 1 if planted else None]:
+        for rows, length, states in ((5, 301, 35), (1, 2501, 70), (2, 33, 3)):
+            alpha, beta = (number(2, rows, 3, states, dtype=dtype, low=-1.0) for _ in range(2))
+            square, rho = (0.1 + number(2, 3, states, dtype=dtype) for _ in range(2))
+            rest = (alpha, beta, square, rho, 1 + number(2, 3, dtype=dtype), length)
+            kernels.cauchy_backward(kernels.cauchy(*rest), *rest)
 
 
 class Selective(NamedTuple):
@@ -387,9 +474,125 @@ def selective_step(number: Numbers, planted: bool) -> None:
         kernels.selective_scan(u, *rest, False)
 
 
+def linear_step(number: Numbers, planted: bool) -> None:
+    """Groups of a part of a warp, of one and of several; tails of rows, outputs and pieces."""
+    import torch
+
+    from lrnnx_core.backends import cuda_linear_step as kernels
+
+    dtypes = (torch.bfloat16, torch.float32, torch.float64)
+    for dtype in dtypes[: 1 if planted else None]:
+        for rows, inputs, outputs in ((3, 1544, 37), (1, 40, 301), (8, 31, 5))[
+            : 1 if planted else None
+        ]:
+            x, weight = number(rows, inputs, dtype=dtype), number(outputs, inputs, dtype=dtype)
+            kernels.linear_step(x, weight, number(outputs, dtype=dtype))
+
+
+def mamba_step(number: Numbers, planted: bool) -> None:
+    """One row and several, odd sizes, many states, with everything there is and with nothing."""
+    import torch
+
+    from lrnnx_core.backends import cuda_mamba_step as kernels
+
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    for dtype, rich in itertools.product(dtypes[: 1 if planted else None], (True, False)):
+        wide = torch.promote_types(dtype, torch.float32)
+        for batch, E, N, R in ((5, 72, 16, 4), (1, 37, 5, 3), (3, 264, 70, 8)):
+            kernels.mamba_step(
+                number(batch, 2 * E, dtype=dtype, low=-1.0), number(batch, 3, E, dtype=dtype),
+                number(batch, E, N, dtype=wide), number(E, 1, 4, dtype=dtype),
+                number(E, dtype=dtype) if rich else None, number(R + 2 * N, E, dtype=dtype),
+                number(E, R, dtype=dtype), number(E, dtype=wide), -number(E, N, dtype=wide),
+                number(E, dtype=wide), number(E, dtype=wide) if rich else None,
+                number(batch, dtype=wide) if rich else None, None, None, None, 1.0, False, rich,
+                "zoh" if rich else "mamba",
+            )  # fmt: skip
+
+
+def single_steps(number: Numbers, planted: bool) -> None:
+    """One row, several and many, odd sizes, with what is optional and without."""
+    import torch
+
+    from lrnnx_core.backends import (
+        cuda_steps_diagonal,
+        cuda_steps_griffin,
+        cuda_steps_norm,
+        cuda_steps_s7,
+        cuda_steps_siso,
+        cuda_steps_ssd,
+    )
+
+    cases = ((torch.float32, 9), (torch.float32, 1), (torch.bfloat16, 5), (torch.float64, 3))
+    for dtype, rows in cases[: 1 if planted else None]:
+        real = torch.promote_types(dtype, torch.float32)
+        kind = torch.promote_types(real, torch.complex64)
+
+        def low(*shape: int, dtype: torch.dtype = dtype) -> Any:
+            return number(*shape, dtype=dtype, low=-1.0)
+
+        def r(*shape: int, real: torch.dtype = real) -> Any:
+            return number(*shape, dtype=real, low=-1.0)
+
+        def c(*shape: int, kind: torch.dtype = kind) -> Any:
+            return number(*shape, dtype=kind, low=-1.0)
+
+        def flags(count: int) -> Any:
+            return number(count, dtype=torch.float32, low=-1.0) > 0
+
+        for H, P in ((37, 21), (64, 40)):
+            read = (r(H, P), r(H, P), r(H), 2.0)
+            cuda_steps_diagonal.diagonal_step(low(rows, H), c(rows, P), c(P), c(P), c(P, H), *read)
+            cuda_steps_diagonal.flow_step(
+                low(rows, H), c(rows, P), -c(P), r(P), r(rows), c(P, H), *read, True, "zoh"
+            )
+        for M, U in ((21, c(1, 13, 21)), (32, None)):
+            cuda_steps_siso.siso_step(
+                low(rows, 13), c(rows, 13, M), c(13, M), c(13, M), U, U, r(2, 13, M), r(2, 13, M),
+                r(2, 13), 2.0,
+            )  # fmt: skip
+        for count in (rows, 300):
+            cuda_steps_griffin.griffin_step(
+                low(count, 66), low(count, 66), low(count, 3, 66), r(count, 66), flags(count),
+                low(66, 1, 4), low(66), low(2, 33, 33), low(66), low(2, 33, 33), low(66), r(66),
+                r(count), False, True, True,
+            )  # fmt: skip
+        for N, norm in ((17, low(48)), (128, low(48))):
+            mixed = 48 + 4 * N
+            cuda_steps_ssd.ssd_step(
+                low(rows, 48 + mixed + 4), low(rows, 3, mixed), r(rows, 4, 12, N),
+                low(mixed, 1, 4), low(mixed), r(4), r(4), r(4), norm, r(rows), 2, 0.0, 2.0, 1.0,
+                False, False,
+            )  # fmt: skip
+        cuda_steps_s7.s7_step(r(rows, 37), r(rows, 5), r(10 + 11 * 37, 37), r(5))
+        for H in (37, 2048):
+            cuda_steps_norm.rms_norm(low(rows, H), low(H), 1e-6)
+
+
+def add_norm(number: Numbers, planted: bool) -> None:
+    """Rows of a warp and of several, with tails and without, and every optional part."""
+    import torch
+
+    from lrnnx_core.backends import cuda_add_norm as kernels
+
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    for dtype, layer in itertools.product(dtypes[: 1 if planted else None], (True, False)):
+        narrow = torch.bfloat16 if dtype == torch.float32 and layer else dtype
+        for width in (301, 1024):
+            x = number(5, 7, width, dtype=dtype, low=-1.0)
+            branch = number(5, 7, width, dtype=narrow, low=-1.0) if layer else None
+            weight, bias = number(width, dtype=dtype), number(width, dtype=dtype) if layer else None
+            total, y, stats = kernels.add_norm(x, branch, weight, bias, 1e-5, layer, narrow)
+            total = x if branch is None else total
+            kernels.add_norm_backward(
+                total if layer else None, y, total, stats, weight, bias, layer, narrow
+            )
+
+
 OPERATORS = (
+    add_norm, linear_step, mamba_step, single_steps,
     linear_scan, causal_conv1d, rg_lru_scan, diagonal_scan, projected_scan, s4d_scan,
-    selective_scan, selective_step,
+    selective_scan, selective_step, vandermonde, cauchy,
 )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ The arguments are those of `lrnnx_core.ops.diagonal_scan`, brought to fixed rank
 steps, dt and timesteps have the dtype of A's parts; ``shared`` is a leading part of ``batch`` (what
 a vmap over parameters adds). ``scheme`` is ``none`` (decay A, gain 1; no steps, no timesteps) or of
 `FUSED`: with d = steps or dt (1 if neither is given), decay_t = decay(A dd), dd = tau d, and gain_t
-= di gain(A di), di = d if ``state_only`` else tau d. The forward keeps nothing but its output, and
+= di gain(A di), di = d if ``state_only`` else tau d. ``reverse`` runs from the last step to the
+first, with h_{t+1} for h_{t-1}. The forward keeps nothing but its output, and
 the backward forms the coefficients again. With lam the cotangent of h and PyTorch's complex
 convention,
 
@@ -70,6 +71,7 @@ def diagonal_scan(
     mask: Tensor | None,
     state_only: bool,
     scheme: str,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Leaf: all states h (*batch, L, 2S) as [re | im] halves, and the last one (*batch, S)."""
     k = _coefficients(x, A, steps, dt, timesteps, mask, state_only, scheme)
@@ -79,7 +81,7 @@ def diagonal_scan(
     if mask is not None:
         b.masked_fill_(~mask.unsqueeze(-1), 0)
     a = _kept(k.decay, b, mask)
-    h, last = torch.ops.lrnnx_core.linear_scan.default(a, b, h0, reset, False)
+    h, last = torch.ops.lrnnx_core.linear_scan.default(a, b, h0, reset, reverse)
     return _halves(h).to(x.dtype), last
 
 
@@ -97,12 +99,13 @@ def diagonal_scan_backward(
     mask: Tensor | None,
     state_only: bool,
     scheme: str,
+    reverse: bool = False,
 ) -> Gradients:
     """Leaf: the gradients of `diagonal_scan`."""
     k = _coefficients(x, A, steps, dt, timesteps, mask, state_only, scheme)
     states = _pairs(h, A)
     da, lam, dh0 = torch.ops.lrnnx_core.linear_scan_backward.default(
-        _kept(k.decay, states, mask), states, h0, reset, _pairs(grad_h, A), grad_last, False
+        _kept(k.decay, states, mask), states, h0, reset, _pairs(grad_h, A), grad_last, reverse
     )
     padding = None if mask is None else ~mask.unsqueeze(-1)
     if padding is not None:

@@ -7,8 +7,9 @@ The arguments are those of `lrnnx_core.ops.s4d_scan`, brought to fixed ranks:
     D (*shared, H) or None, of their real dtype: the direct path, y_t += D u_t
     lengths (*batch) int64, 0 ... L; reset (*batch, L) bool
 
+``reverse`` runs from the last sample to the first, without lengths.
 ``shared`` is a leading part of ``batch`` (what a vmap over parameters adds). kept (*batch,
-chunks H M) holds (chunks, H, M): the state before every chunk of `chunk_length` samples, the last
+chunks H M) holds (chunks, H, M): the state before every chunk of `chunk_length` steps, the last
 state where the row has ended. Every backend keeps those, so that one's backward may follow another
 one's forward.
 
@@ -51,8 +52,13 @@ def s4d_scan(
     lengths: Tensor | None,
     reset: Tensor | None,
     keep: bool,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leaf: y (*batch, L, H), the last state (*batch, H, M), and the kept ones."""
+    if reverse:
+        reset = None if reset is None else reset.flip(-1)
+        y, last, kept = s4d_scan(u.flip(-2), a, v, D, lengths, reset, keep)
+        return y.flip(-2), last, kept
     p = _Problem(u, a, lengths)
     x, flags = p.cut(u), None if reset is None else p.cut(reset)
     y = torch.zeros_like(x)
@@ -84,8 +90,15 @@ def s4d_scan_backward(
     D: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Leaf: the gradients of u, a, v, and D (empty where absent)."""
+    if reverse:
+        reset = None if reset is None else reset.flip(-1)
+        du, *rest = s4d_scan_backward(
+            kept, grad_y.flip(-2), grad_last, u.flip(-2), a, v, D, lengths, reset
+        )
+        return du.flip(-2), *rest
     p = _Problem(u, a, lengths)
     x, g = p.cut(u), p.cut(grad_y)
     flags = None if reset is None else p.cut(reset)

@@ -31,10 +31,11 @@ def vandermonde(v: Tensor, z: Tensor, length: int) -> Tensor:
     out = torch.empty((*v.shape[:-1], length), dtype=z.real.dtype, device=z.device)
     if not out.numel() or not v.shape[-1]:
         return out.zero_()
-    P, R, H = _merged(v.shape[:-1], z)
+    P, R, H = merged(v.shape[:-1], z)
     N = v.shape[-1]
     powers = _Powers(z, length, rows=R)
-    v, z, target = v.reshape(P, R, H, N), z[_first(z, P, H)].reshape(P, H, N), out.view(P, R, H, -1)
+    v, z = v.reshape(P, R, H, N), z[first_nodes(z, P, H)].reshape(P, H, N)
+    target = out.view(P, R, H, -1)
     q, m = powers.q, powers.m
     for p, rows, heads in _tiles(z.device, P, R, H, m * (q + 2 * N), 2 * N * (q + m)):
         fine, coarse = powers.tables(z[p, heads], conjugate_coarse=True)
@@ -58,9 +59,9 @@ def vandermonde_moments(g: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     )
     if not first.numel() or not length:
         return first.zero_(), second.zero_()
-    P, R, H = _merged(g.shape[:-1], z)
+    P, R, H = merged(g.shape[:-1], z)
     powers = _Powers(z, length, rows=R)
-    g, z = g.reshape(P, R, H, length), z[_first(z, P, H)].reshape(P, H, N)
+    g, z = g.reshape(P, R, H, length), z[first_nodes(z, P, H)].reshape(P, H, N)
     firsts, seconds = first.view(P, R, H, N), second.view(P, R, H, N)
     q, m = powers.q, powers.m
     j = torch.arange(q, dtype=g.dtype, device=g.device).unsqueeze(-1)
@@ -132,10 +133,10 @@ def cauchy(
     out = alpha.new_empty(*alpha.shape[:-1], count, 2)
     if not out.numel() or not alpha.shape[-1]:
         return out.zero_()
-    P, R, H = _merged(alpha.shape[:-1], square, rho, a.unsqueeze(-1))
+    P, R, H = merged(alpha.shape[:-1], square, rho, a.unsqueeze(-1))
     N = alpha.shape[-1]
     weights = torch.cat([t.reshape(P, R, H, N) for t in (alpha, beta)], dim=1)
-    first = _first(square, P, H)
+    first = first_nodes(square, P, H)
     square, rho, a = (t[first].reshape(P, H, -1, 1) for t in (square, rho, a))
     target = out.view(P, R, H, count, 2)
     angles = half_angles(length, a)
@@ -238,7 +239,7 @@ def half_angles(length: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return sine.to(like.dtype), cosine.to(like.dtype)
 
 
-def _merged(lead: torch.Size, *nodes: Tensor) -> tuple[int, int, int]:
+def merged(lead: torch.Size, *nodes: Tensor) -> tuple[int, int, int]:
     """Return sizes (P, R, H) to view (*batch, R, H) as, so that P is 1 where it can be.
 
     Where all of the batch has the same nodes it joins the rows; where there is one row it joins the
@@ -254,7 +255,7 @@ def _merged(lead: torch.Size, *nodes: Tensor) -> tuple[int, int, int]:
     return (1, 1, P * H) if R == 1 else (P, R, H)
 
 
-def _first(nodes: Tensor, P: int, H: int) -> tuple[int, ...]:
+def first_nodes(nodes: Tensor, P: int, H: int) -> tuple[int, ...]:
     """Return the index of the batch's first nodes where it was merged into the rows, else ()."""
     batch = nodes.shape[:-2]
     return (0,) * len(batch) if P == 1 and nodes.shape[-2] == H else ()

@@ -32,8 +32,8 @@ THREADS = 256  # that add up one number of a gradient
 HALVES = STRIDED + "q"
 MODEL = INITIAL * 2 + STRIDED + INITIAL + BITS * 2  # A, steps, dt, timesteps, reset, mask
 LAYOUTS = {
-    "forward": HALVES + MODEL + INITIAL + "2P" + EXCHANGE + SIZE,
-    "backward": HALVES * 3 + MODEL + INITIAL * 2 + "3Pq2P" + EXCHANGE + SIZE,
+    "forward": HALVES + MODEL + INITIAL + "2Pq" + EXCHANGE + SIZE,
+    "backward": HALVES * 3 + MODEL + INITIAL * 2 + "3P2q2P" + EXCHANGE + SIZE,
 }
 C64, C128 = torch.complex64, torch.complex128
 PLANS = {  # with the steps of a warp where the decay varies in time
@@ -185,6 +185,7 @@ class Shape(NamedTuple):
         steps: strides (outer, inner, time) of what has one number a step, None where absent.
         offsets: in bytes, to the first step in the order of running: of halves, dt, and steps.
         pieces: groups of rows that one batch element's channels lie in, at most.
+        direction: 1 where time rises as the kernel goes, -1 where it falls.
         sizes: the last fields of the arguments.
     """
 
@@ -197,7 +198,13 @@ class Shape(NamedTuple):
     steps: tuple[Strides | None, ...]
     offsets: tuple[int, ...]
     pieces: int
+    direction: int
     sizes: tuple[int, ...]
+
+    @property
+    def begins(self) -> int:
+        """The first step run."""
+        return 0 if self.direction > 0 else self.sizes[0] - 1
 
 
 @functools.lru_cache(maxsize=4096)
@@ -210,6 +217,7 @@ def _shape(
     rows: tuple[Strides | None, ...],
     steps: tuple[Strides | None, ...],
     alignment: tuple[int, int],
+    reverse: bool,
     device: int,
 ) -> Shape | None:
     """Return the launch, None where it takes copies; arguments as in `Shape`, whole strides."""
@@ -232,7 +240,8 @@ def _shape(
     timed = steps[0] is not None
     warps, shared, static = _tile(step, choice, timed, limits.shared_per_block)
     grid = cuda_tiles.grid(limits, plan, of_rows, 1, warps, shared + static)
-    sign, last = (-1, length - 1) if step == "backward" else (1, 0)
+    falling = reverse != (step == "backward")
+    sign, last = (-1, length - 1) if falling else (1, 0)
     widths = (real, 1, 1)  # timesteps, reset, mask
     return Shape(
         kernel(step, choice, limits.shared_per_block),
@@ -248,6 +257,7 @@ def _shape(
             *(0 if s is None else last * s[-1] * w for s, w in zip(steps, widths, strict=True)),
         ),
         _pieces(channels),
+        sign,
         (length, channels, inner, math.prod(batch) * channels, grid.tiles, grid.chains, wide),
     )
 
@@ -259,6 +269,7 @@ def _launch_shape(
     dt: Tensor | None,
     rows: tuple[Tensor | None, ...],
     steps: tuple[Tensor | None, ...],
+    reverse: bool,
     device: int,
 ) -> Shape | None:
     alignment = 0
@@ -269,7 +280,7 @@ def _launch_shape(
         step, choice, halves[0].shape, tuple(t.stride() for t in halves),
         None if dt is None else dt.stride(), tuple(None if t is None else t.stride() for t in rows),
         tuple(None if t is None else t.stride() for t in steps),
-        (alignment & 15, 0 if dt is None else dt.data_ptr() & 15), device,
+        (alignment & 15, 0 if dt is None else dt.data_ptr() & 15), reverse, device,
     )  # fmt: skip
 
 
@@ -320,15 +331,16 @@ def diagonal_scan(
     mask: Tensor | None,
     state_only: bool,
     scheme: str,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Leaf: all states h (*batch, L, 2S) and the last one, as `blocked_diagonal`."""
     tensors = (x, A, steps, dt, h0, timesteps, reset, mask)
     if not cuda.ready():
-        return blocked_diagonal.diagonal_scan(*tensors, state_only, scheme)
+        return blocked_diagonal.diagonal_scan(*tensors, state_only, scheme, reverse)
     plan, device = _check("diagonal_scan", *tensors)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return diagonal_scan(*tensors, state_only, scheme)
+            return diagonal_scan(*tensors, state_only, scheme, reverse)
     shape = x.shape
     h = torch.empty(shape, dtype=x.dtype, device=x.device)
     last = torch.empty((*shape[:-2], A.shape[-1]), dtype=plan.state, device=x.device)
@@ -339,16 +351,17 @@ def diagonal_scan(
     choice = _choice(x, dt, timesteps, state_only, scheme)
     rows = (_beside(A, shape), _beside(steps, shape), h0)
     marks = (timesteps, reset, mask)
-    call = _launch_shape("forward", choice, (x,), dt, rows, marks, device)
+    call = _launch_shape("forward", choice, (x,), dt, rows, marks, reverse, device)
     if call is None:
-        copies: Any = (*_copies(tensors), state_only, scheme)
+        copies: Any = (*_copies(tensors), state_only, scheme, reverse)
         return diagonal_scan(*copies)
     grid = call.grid
     words = torch.zeros(grid.words, dtype=torch.int64, device=x.device) if grid.words else None
     exchange = 0 if words is None else words.data_ptr()
     call.kernel.launch(
         device, grid.blocks, grid.threads, call.shared, *_fields(call, (x,), dt, rows, marks),
-        h.data_ptr(), last.data_ptr(), exchange, exchange + 8, *call.sizes,
+        h.data_ptr() + call.begins * shape[-1] * h.itemsize, last.data_ptr(), call.direction,
+        exchange, exchange + 8, *call.sizes,
     )  # fmt: skip
     return h, last
 
@@ -367,27 +380,27 @@ def diagonal_scan_backward(
     mask: Tensor | None,
     state_only: bool,
     scheme: str,
+    reverse: bool = False,
 ) -> tuple[Tensor, ...]:
     """Leaf: gradients of the floating tensors, empty where absent, as `blocked_diagonal`."""
     tensors = (x, A, steps, dt, h0, timesteps, reset, mask)
     grads = (h, grad_h, grad_last)
     if not cuda.ready():
-        return blocked_diagonal.gradients(*grads, *tensors, state_only, scheme)
+        return blocked_diagonal.gradients(*grads, *tensors, state_only, scheme, reverse)
     plan, device = _check("diagonal_scan_backward", *tensors, *grads)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return diagonal_scan_backward(*grads, *tensors, state_only, scheme)
+            return diagonal_scan_backward(*grads, *tensors, state_only, scheme, reverse)
     shape, size = x.shape, A.shape[-1]
-    length = shape[-2]
     if x.numel() == 0:
         return _empty_gradients(grad_last, tensors)
     choice = _choice(x, dt, timesteps, state_only, scheme)
     halves = (x, h, grad_h)
     rows = (_beside(A, shape), _beside(steps, shape), h0, grad_last)
     marks = (timesteps, reset, mask)
-    call = _launch_shape("backward", choice, halves, dt, rows, marks, device)
+    call = _launch_shape("backward", choice, halves, dt, rows, marks, reverse, device)
     if call is None:
-        copies: Any = (*_copies((*grads, *tensors)), state_only, scheme)
+        copies: Any = (*_copies((*grads, *tensors)), state_only, scheme, reverse)
         return diagonal_scan_backward(*copies)
     real = _real(plan)
     dx = torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -403,13 +416,14 @@ def diagonal_scan_backward(
     partial = torch.empty((grid.tiles, sums, *dh0.shape), dtype=plan.state, device=x.device)
     words = torch.zeros(grid.words, dtype=torch.int64, device=x.device) if grid.words else None
     exchange = 0 if words is None else words.data_ptr()
-    end = length - 1
+    end = call.begins
     call.kernel.launch(
         device, grid.blocks, grid.threads, call.shared, *_fields(call, halves, dt, rows, marks),
         dx.data_ptr() + end * 2 * size * dx.itemsize,
         0 if ddt is None else ddt.data_ptr() + end * size * ddt.itemsize,
         0 if d_tau is None else d_tau.data_ptr() + end * call.pieces * d_tau.itemsize,
-        call.pieces, dh0.data_ptr(), partial.data_ptr(), exchange, exchange + 8, *call.sizes,
+        call.pieces, call.direction, dh0.data_ptr(), partial.data_ptr(), exchange, exchange + 8,
+        *call.sizes,
     )  # fmt: skip
     dA, dsteps = _add_up(device, choice, partial, A, steps)
     absent = torch.empty(0, dtype=real, device=x.device)

@@ -31,7 +31,7 @@ LONG = 32768  # from this length on, time is cut into segments where a row does 
 NARROW, LONG_IF_NARROW = 32, 8192  # and from this one on where so many rows do not
 SHORTEST = 2048  # steps of a segment
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-COMMON, SEQUENCE = "3PP3q10q", "P4q"
+COMMON, SEQUENCE = "3PP3q11q", "P4q"
 LAYOUTS = {
     "forward": COMMON + SEQUENCE + "5Pq",
     "backward": COMMON + SEQUENCE * 2 + "7P",
@@ -173,6 +173,7 @@ class Problem(NamedTuple):
         reset: its strides, None where nothing is reset.
         alignment: of every sequence's address, modulo 16 bytes.
         device: its index.
+        reverse: whether the scan runs from the last step to the first.
     """
 
     dtype: torch.dtype
@@ -183,6 +184,7 @@ class Problem(NamedTuple):
     reset: tuple[int, ...] | None
     alignment: tuple[int, ...]
     device: int
+    reverse: bool = False
 
     @property
     def rows(self) -> int:
@@ -221,8 +223,9 @@ def launch(p: Problem, step: str) -> Launch | None:
         return None
     inner, found = merged
     outers = iter(found)
-    sequences = tuple((*next(outers), *s[axes:]) for s in p.sequences)
-    reset = (0, 0, 0) if p.reset is None else (*next(outers), p.reset[axes])
+    sign = -1 if p.reverse else 1
+    sequences = tuple((*next(outers), sign * s[axes], s[-1]) for s in p.sequences)
+    reset = (0, 0, 0) if p.reset is None else (*next(outers), sign * p.reset[axes])
     wide = sum(
         1 << i
         for i, (s, at) in enumerate(zip(sequences, p.alignment, strict=True))
@@ -240,7 +243,7 @@ def launch(p: Problem, step: str) -> Launch | None:
         units = rows * number * groups
         blocks = -(-units // WARPS)
     alike = rows // math.prod(p.parameters[:-2])
-    sizes = (length, channels, states, inner, alike, units, groups, each, number, wide)
+    sizes = (length, channels, states, inner, alike, units, groups, each, number, sign * channels, wide)
     return Launch(kernel(x), blocks, shared_bytes(x), sequences, reset, sizes)
 
 
@@ -252,6 +255,7 @@ class Inputs(NamedTuple):
     v: Tensor
     lengths: Tensor | None
     reset: Tensor | None
+    reverse: bool = False
 
     def problem(self) -> Problem:
         """Return shapes and strides."""
@@ -260,7 +264,15 @@ class Inputs(NamedTuple):
             u.dtype, a.dtype, u.shape, a.shape, tuple(t.stride() for t in self.sequences),
             None if self.reset is None else self.reset.stride(),
             tuple(t.data_ptr() % 16 for t in self.sequences), u.get_device(),
+            self.reverse,
         )  # fmt: skip
+
+    def first(self, t: Tensor | None, axis: int = -2) -> int:
+        """Return the address of the first step run of a tensor with time on ``axis``."""
+        if t is None:
+            return 0
+        steps = t.shape[axis] - 1 if self.reverse else 0
+        return t.data_ptr() + steps * t.stride(axis) * t.itemsize
 
     def run(self, p: Problem, step: str, *rest: int, of: int | None = None) -> None:
         """Launch on the sequence ``of``, or all; ``rest`` are the arguments after them."""
@@ -268,14 +280,15 @@ class Inputs(NamedTuple):
         if call is None:
             raise RuntimeError(f"s4d_scan: no launch for {p}")
         values: list[int] = [
-            self.a.data_ptr(), self.v.data_ptr(), _at(self.lengths), _at(self.reset), *call.reset,
+            self.a.data_ptr(), self.v.data_ptr(), _at(self.lengths), self.first(self.reset, -1),
+            *call.reset,
         ]  # fmt: skip
         *sizes, wide = call.sizes
         chosen = range(len(self.sequences)) if of is None else (of,)
         values += [*sizes, wide if of is None else wide >> of & 1]
         if step != "starts":
             for i in chosen:
-                values += (self.sequences[i].data_ptr(), *call.sequences[i])
+                values += (self.first(self.sequences[i]), *call.sequences[i])
         threads = THREADS_OF_STARTS if step == "starts" else WARPS * cuda.WARP
         call.kernel.launch(p.device, call.blocks, threads, call.shared, *values, *rest)
 
@@ -310,10 +323,11 @@ def _inputs(
     v: Tensor,
     lengths: Tensor | None,
     reset: Tensor | None,
+    reverse: bool = False,
 ) -> tuple[Inputs, Problem]:
     """Return what the kernels read; copies where they cannot read it as it lies."""
     ends = None if lengths is None else lengths.contiguous()
-    x = Inputs(sequences, a.contiguous(), v.contiguous(), ends, reset)
+    x = Inputs(sequences, a.contiguous(), v.contiguous(), ends, reset, reverse)
     p = x.problem()
     if launch(p, "backward" if len(sequences) > 1 else "forward") is None:
         compact = torch.contiguous_format
@@ -333,14 +347,15 @@ def s4d_scan(
     lengths: Tensor | None,
     reset: Tensor | None,
     keep: bool,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leaf: y (*batch, L, H), the last state (*batch, H, M), the kept ones, as `blocked_s4d`."""
     if not _fits("forward", a):
-        return blocked_s4d.s4d_scan(u, a, v, D, lengths, reset, keep)
+        return blocked_s4d.s4d_scan(u, a, v, D, lengths, reset, keep, reverse)
     device = _check("s4d_scan", u, a, v, D, lengths, reset)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return s4d_scan(u, a, v, D, lengths, reset, keep)
+            return s4d_scan(u, a, v, D, lengths, reset, keep, reverse)
     batch, (length, channels), states = u.shape[:-2], u.shape[-2:], a.shape[-1]
     every = blocked_s4d.chunk_length(states)
     chunks = -(-length // every) if keep else 0
@@ -349,11 +364,11 @@ def s4d_scan(
     kept = torch.empty((*batch, chunks * channels * states), dtype=a.dtype, device=u.device)
     if not y.numel() or not last.numel():
         return blocked_s4d.with_direct(y.zero_(), D, u, lengths), last.zero_(), kept
-    x, p = _inputs((u,), a, v, lengths, reset)
+    x, p = _inputs((u,), a, v, lengths, reset, reverse)
     starts = x.starts(p, None)
     direct = None if D is None else D.contiguous()
     x.run(
-        p, "forward", _at(direct), _at(starts), y.data_ptr(), last.data_ptr(),
+        p, "forward", _at(direct), _at(starts), x.first(y), last.data_ptr(),
         kept.data_ptr() if chunks else 0, every,
     )  # fmt: skip
     return y, last, kept
@@ -369,21 +384,24 @@ def s4d_scan_backward(
     D: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Leaf: (du, da, dv, dD), as `blocked_s4d`; kept is not read."""
     if not _fits("backward", a):
-        return blocked_s4d.s4d_scan_backward(kept, grad_y, grad_last, u, a, v, D, lengths, reset)
+        return blocked_s4d.s4d_scan_backward(
+            kept, grad_y, grad_last, u, a, v, D, lengths, reset, reverse
+        )
     device = _check("s4d_scan_backward", u, a, v, D, lengths, reset, grad_y, grad_last)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return s4d_scan_backward(kept, grad_y, grad_last, u, a, v, D, lengths, reset)
+            return s4d_scan_backward(kept, grad_y, grad_last, u, a, v, D, lengths, reset, reverse)
     du = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     if not u.numel() or not a.numel():
         compact = torch.contiguous_format
         da, dv = (torch.zeros_like(t, memory_format=compact) for t in (a, v))
         du, dD = blocked_s4d.direct_gradients(du.zero_(), grad_y, u, D, lengths)
         return du, da, dv, dD
-    x, p = _inputs((u, grad_y), a, v, lengths, reset)
+    x, p = _inputs((u, grad_y), a, v, lengths, reset, reverse)
     grad_last = grad_last.contiguous()
     starts = x.starts(p, grad_last)
     pieces = p.rows * segments(p)[1]
@@ -395,7 +413,7 @@ def s4d_scan_backward(
         direct = D.contiguous()
         dD = torch.empty((pieces, D.shape[-1]), dtype=D.dtype, device=D.device)
     x.run(
-        p, "backward", _at(direct), grad_last.data_ptr(), _at(starts), du.data_ptr(),
+        p, "backward", _at(direct), grad_last.data_ptr(), _at(starts), x.first(du),
         da.data_ptr(), dv.data_ptr(), _at(dD),
     )  # fmt: skip
     return (

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,8 +47,6 @@ def differentiation_depth() -> int:
 
 def dual_level_active() -> bool:
     """Return whether a `torch.autograd.forward_ad.dual_level` is open."""
-    from torch.autograd import forward_ad
-
     return forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
 
 
@@ -63,6 +62,26 @@ def dispatch_observed() -> bool:
 
 _modes = torch._C._len_torch_dispatch_stack  # pyright: ignore[reportPrivateUsage]
 _profiling = torch._C._autograd._profiler_enabled  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
+
+
+def hooked(module: Any) -> bool:
+    """Return whether a call of this nn.Module does more than to run its class's ``forward``."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own.get("_compiled_call_impl") is not None
+        or "forward" in own
+        or _any_module_hooked()
+    )
+
+
+def _any_module_hooked() -> bool:
+    """Return whether there is a hook for all modules, such as those of FlopCounterMode."""
+    module = torch.nn.modules.module  # noqa: TID251  (what PyTorch keeps of Modules, and no Module)
+    return bool(module._has_any_global_hook())  # pyright: ignore[reportPrivateUsage]
 
 
 def autocasting(device: torch.device) -> bool:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,29 @@ from torch import Tensor
 from lrnnx_core.backends.transforms import full_precision
 from lrnnx_core.sequences import Layout
 from lrnnx_core.types import Discrete, Mode, Params
+
+Made = TypeVar("Made")
+MOST_MADE = 8
+
+
+class SteadyParams(dict[str, Tensor]):
+    """Parameters that nobody changes while this lives, with what was made of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[Hashable, Any] = {}
+
+
+def made_of(params: Params, key: tuple[Hashable, ...], make: Callable[[], Made]) -> Made:
+    """Return what ``make`` makes of the parameters and the key, once for `SteadyParams`."""
+    if not isinstance(params, SteadyParams) or any(isinstance(k, Tensor) for k in key):
+        return make()
+    found = params.made.get(key)
+    if found is None:
+        if len(params.made) >= MOST_MADE:
+            params.made.clear()
+        found = params.made[key] = make()
+    return found
 
 
 def check_sizes(where: str, **sizes: int) -> None:
@@ -211,7 +235,9 @@ __all__ = [
     "check_sizes",
     "check_state",
     "compute_dtype",
+    "SteadyParams",
     "full_precision",
+    "made_of",
     "pair",
     "zero_state",
 ]

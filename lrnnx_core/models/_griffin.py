@@ -149,7 +149,8 @@ def step(
     Returns:
         What linear_out takes, (..., W) in x's dtype, and the new state.
     """
-    if not x.is_cpu or options.recurrent or type(state) is not State or autocasting(x.device):
+    known = x.is_cpu or x.is_cuda
+    if not known or options.recurrent or type(state) is not State or autocasting(x.device):
         gaps = None if timestep is None else timestep.unsqueeze(-1)
         x, y = x.unsqueeze(-2), y.unsqueeze(-2)
         out, new = inner(where, params, x, y, state, Layout(None, None, None, gaps), options)
@@ -159,7 +160,7 @@ def step(
     rate = rate_of(params, x, options) if rate is None else rate
     if rate.dtype is not x.dtype or rate.dtype is not state.h.dtype:
         rate = rate.to(torch.promote_types(torch.promote_types(rate.dtype, x.dtype), state.h.dtype))
-    out, conv, h = griffin_step(
+    out, *new = griffin_step(
         x, y, state.conv, state.h, state.started, params["conv_1d.weight"],
         params.get("conv_1d.bias"), params["rg_lru.input_gate_weight"],
         params["rg_lru.input_gate_bias"].flatten(), params["rg_lru.recurrent_gate_weight"],
@@ -167,7 +168,7 @@ def step(
         None if timestep is None else timestep.expand(batch),
         options.timestep_mode == "state_only", options.start_rule, options.gelu == "tanh",
     )  # fmt: skip
-    return out, State(conv, h, torch.ones_like(state.started))
+    return out, State(*new)
 
 
 def gate_logits(params: Params, v: Tensor) -> tuple[Tensor, Tensor]:

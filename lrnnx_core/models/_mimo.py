@@ -43,7 +43,7 @@ from lrnnx_core.ops import (
     projected_convolution,
 )
 from lrnnx_core.ops.powers import powers
-from lrnnx_core.ops.projected_scan import projected_scan
+from lrnnx_core.ops.projected_scan import Backwards, projected_scan
 from lrnnx_core.ops.steps import diagonal_step, flow_step
 from lrnnx_core.sequences import Layout, align_right, at_length
 from lrnnx_core.types import Discrete, Discretization, Mode, Params, TimestepMode
@@ -199,8 +199,12 @@ def scan(
                 whole = layout._replace(lengths=None)
                 y2, _ = _convolve(params, "C2", factors, x.flip(-2), None, whole, backward, size)
                 y = y + y2.flip(-2)
-        elif mode == "scan" and not bidirectional and layout.lengths is None and _flows(r):
-            y, last = _projected(r, params, x, state, D if D.ndim == 1 else None, layout, scale)
+        elif mode == "scan" and _flows(r):
+            back = None
+            if bidirectional:
+                back = _backwards(_readout(params, "C2", dtype, scale), x, layout)
+            direct = D if D.ndim == 1 else None
+            y, last = _projected(r, params, x, state, direct, layout, scale, back)
             D = None if D.ndim == 1 else D
         else:
             loop = mode == "recurrent"
@@ -367,20 +371,38 @@ def _projected(
     D: Tensor | None,
     layout: Layout,
     scale: float,
+    back: Backwards | None,
 ) -> tuple[Tensor, Tensor]:
-    """Run projections and scan as one operator; return y, with D x if given, and the state."""
-    flow, batch = _flow(r), x.shape[:-2]
+    """Run projections and scans as one operator; return y, with D x if given, and the state.
+
+    Right padding is a mask here: the state stays what it was at the length of its row.
+    """
+    (length, _), batch = x.shape[-2:], x.shape[:-2]
+    flow = _flow(r)
     timesteps, reset, mask = (
         None if t is None else t.expand(x.shape[:-1])
-        for t in (flow.timesteps, layout.resets(x.shape[-2]), layout.mask)
+        for t in (flow.timesteps, layout.resets(length), layout.valid(length))
     )
     if state is not None:
         state = state.to(flow.B.dtype).expand(*batch, flow.A.shape[-1])
     return projected_scan(
         x, torch.cat([flow.B.real, flow.B.imag]), _readout(params, "C", x.dtype, scale), D, flow.A,
         flow.dt, state, discretization=flow.scheme, integration_timesteps=timesteps,
-        timestep_mode=flow.timestep_mode, reset=reset, mask=mask,
+        timestep_mode=flow.timestep_mode, reset=reset, mask=mask, backwards=back,
     )  # fmt: skip
+
+
+def _backwards(C: Tensor, x: Tensor, layout: Layout) -> Backwards:
+    """Return what the direction against time has of its own, in time's order.
+
+    All else is that of the direction of time: a step that depends on a sample is the sample's.
+    """
+    flipped = layout.backwards(x.shape[-2])
+    gaps, reset = (
+        None if t is None else t.flip(-1).expand(x.shape[:-1])
+        for t in (flipped.timesteps, flipped.reset)
+    )
+    return Backwards(C, None if gaps is None else gaps.to(x.dtype), reset)
 
 
 def _composed(

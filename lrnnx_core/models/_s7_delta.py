@@ -18,7 +18,7 @@ from torch import Tensor
 from lrnnx_core import initialize
 from lrnnx_core.discretize import resolve
 from lrnnx_core.models import _mimo, s5
-from lrnnx_core.models._common import check_keys, full_precision, pair
+from lrnnx_core.models._common import check_keys, full_precision, made_of, pair
 from lrnnx_core.models._projected import softplus_inverse
 from lrnnx_core.types import Discretization, Number, Params, TimestepMode
 
@@ -110,9 +110,14 @@ def sequence(
     with full_precision(u.device):
         weight, bias = (params["step_proj." + k].to(dtype) for k in ("weight", "bias"))
         raw = torch.nn.functional.linear(u.to(dtype), weight, bias)
-        dt = torch.nn.functional.softplus(raw) * options.dt_scale
-        Lambda = eigenvalues(params, dtype, options.clip_eigs)
-        B = pair(params, "B", dtype)
+        dt = torch.nn.functional.softplus(raw)
+        if isinstance(options.dt_scale, Tensor) or options.dt_scale != 1.0:
+            dt = dt * options.dt_scale
+
+        def make() -> tuple[Tensor, Tensor]:
+            return eigenvalues(params, dtype, options.clip_eigs), pair(params, "B", dtype)
+
+        Lambda, B = made_of(params, ("s7", dtype, options.clip_eigs), make)
         timesteps = None if timesteps is None else timesteps.to(dtype)
         flow = _mimo.Flow.of(
             Lambda, dt, timesteps, options.discretization, options.timestep_mode, B

@@ -126,7 +126,7 @@ def step(
     if (
         not isinstance(scheme, str)
         or scheme not in FUSED
-        or not xz.is_cpu
+        or not (xz.is_cpu or xz.is_cuda)
         or isinstance(options.dt_scale, Tensor)
         or options.recurrent
         or type(state) is not State

@@ -30,8 +30,9 @@ from lrnnx_core.models._common import (
 )
 from lrnnx_core.ops import causal_convolution, linear_scan, s4d_scan, vandermonde
 from lrnnx_core.ops.powers import Powers, accumulate, evaluate, powers
+from lrnnx_core.ops.s4d_bidirectional import s4d_bidirectional
 from lrnnx_core.ops.steps import siso_step
-from lrnnx_core.sequences import Layout, align_right, at_length
+from lrnnx_core.sequences import Compaction, Layout, align_right, at_length
 from lrnnx_core.types import Discrete, Mode, Params
 
 
@@ -95,8 +96,23 @@ def scan(
         forward = K if K is None or not bidirectional else K[0]
         D = params["D"].to(dtype)
         D = D.unsqueeze(0) if D.ndim == 1 else D
-        y, last = _run(r, _readout(params, "C", dtype), D, x, h0, layout, mode, forward, size)
-        if bidirectional:
+        C = _readout(params, "C", dtype)
+        fuses = mode == "scan" and r.A_bar.ndim == r.B_bar.ndim == 2
+        if fuses and layout.mask is not None and valid is not None:
+            # padding on the right is all that the operators take: the holes are closed
+            holes = Compaction.of(valid.expand(x.shape[:-1]))
+            reset = layout.resets(length)
+            reset = None if reset is None else holes.close(reset.expand(x.shape[:-1]))
+            x, layout = holes.close(x), Layout(holes.lengths, None, reset, None)
+        else:
+            holes = None
+        if fuses and bidirectional:
+            y, last = _fused(r, C, D, x, None, layout, _readout(params, "C2", dtype))
+        else:
+            y, last = _run(r, C, D, x, h0, layout, mode, forward, size)
+        if holes is not None:
+            return holes.open(y).to(u.dtype), last
+        if bidirectional and not fuses:
             flipped = layout.backwards(length)
             if flipped.timesteps is not None:
                 r = recurrence(dtype, flipped.timesteps)
@@ -104,7 +120,7 @@ def scan(
             back = None if K is None else K[1]
             y2, _ = _run(r, C2, None, x.flip(-2), None, flipped, mode, back, size)
             y = y + read_next(y2, flipped)
-        if valid is not None:
+        if valid is not None and not (fuses and h0 is None):  # else the operators have done it
             y = torch.where(valid.unsqueeze(-1), y, torch.zeros_like(y))
         return y.to(u.dtype), last
 
@@ -194,7 +210,7 @@ def _run(
     size: int,
 ) -> tuple[Tensor, Tensor]:
     """Return y (..., L, Ch H) and the final state, in one direction."""
-    if mode == "scan" and r.A_bar.ndim == r.B_bar.ndim == 2 and layout.mask is None:
+    if mode == "scan" and r.A_bar.ndim == r.B_bar.ndim == 2:
         return _fused(r, C, D, x, state, layout)
     if mode == "conv":
         y, last = _run_convolution(r, C, x, state, layout, kernel, size)
@@ -244,13 +260,27 @@ def _convolve(
 
 
 def _fused(
-    r: Recurrence, C: Tensor, D: Tensor | None, x: Tensor, state: Tensor | None, layout: Layout
+    r: Recurrence,
+    C: Tensor,
+    D: Tensor | None,
+    x: Tensor,
+    state: Tensor | None,
+    layout: Layout,
+    C2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scan with coefficients constant in time: B moves into the readout, s = B_bar s'."""
+    """Scan with coefficients constant in time: B moves into the readout, s = B_bar s'.
+
+    With C2 the direction against time is added, moved on by one sample.
+    """
     length, reset = x.shape[-2], layout.resets(x.shape[-2])
+    lengths = layout.lengths
+    direct = [None] * len(C) if D is None else D.unbind(0)
+    V = zip(C * r.B_bar, [None] * len(C) if C2 is None else C2 * r.B_bar, direct, strict=True)
     runs = [
-        s4d_scan(x, r.A_bar, c * r.B_bar, d, lengths=layout.lengths, reset=reset)
-        for c, d in zip(C.unbind(0), [None] * len(C) if D is None else D.unbind(0), strict=True)
+        s4d_scan(x, r.A_bar, v, d, lengths=lengths, reset=reset)
+        if w is None
+        else s4d_bidirectional(x, r.A_bar, v, w, d, lengths=lengths, reset=reset)
+        for v, w, d in V
     ]
     y = torch.stack([y for y, _ in runs], -2) if len(runs) > 1 else runs[0][0].unsqueeze(-2)
     last = r.B_bar * runs[0][1]

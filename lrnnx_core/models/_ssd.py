@@ -166,7 +166,7 @@ def step(
         What out_proj takes, (..., E), and the new state.
     """
     if (
-        not parts.is_cpu
+        not (parts.is_cpu or parts.is_cuda)
         or options.recurrent
         or isinstance(options.dt_scale, Tensor)
         or type(state) is not State

@@ -25,6 +25,7 @@ from lrnnx_core.models._common import (
     check_timestep,
     compute_dtype,
     full_precision,
+    made_of,
     pair,
     zero_state,
 )
@@ -303,10 +304,10 @@ def step(
     """
     check_timestep("lru.step", integration_timestep, u_t)
 
-    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence:
+    def recurrence(dtype: torch.dtype, timesteps: Tensor | None) -> _mimo.Recurrence | _mimo.Flow:
         if discrete is not None:
             return _mimo.given(discrete, "lru.step", params, dtype, integration_timestep)
-        return _recurrence(
+        return _sequence(
             "lru.step", params, dtype, integration_timestep, timestep_mode, discretization, dt_scale
         )
 
@@ -341,11 +342,14 @@ def _sequence(
     check_choice(where, "discretization", discretization or "none", DISCRETIZATIONS)
     check_choice(where, "timestep_mode", timestep_mode, ("state_only",))
     with full_precision(params["nu_log"].device):
-        nu, theta = params["nu_log"].to(dtype).exp(), params["theta_log"].to(dtype).exp()
-        z = torch.complex(-nu, theta) * dt_scale
-        gamma = params["gamma_log"].to(dtype).exp()
-        B = pair(params, "B", dtype)
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            nu, theta = params["nu_log"].to(dtype).exp(), params["theta_log"].to(dtype).exp()
+            gamma = params["gamma_log"].to(dtype).exp()
+            return torch.complex(-nu, theta) * dt_scale, gamma, pair(params, "B", dtype)
+
+        z, gamma, B = made_of(params, ("lru", dtype, dt_scale), make)
         if timesteps is None:
             return _mimo.Recurrence(torch.exp(z), gamma, B, z)
-        B = gamma.unsqueeze(-1) * B
-        return _mimo.Flow(z, None, timesteps.to(dtype), "dirac", "state_only", B)
+        B_bar = made_of(params, ("lru B_bar", dtype), lambda: gamma.unsqueeze(-1) * B)
+        return _mimo.Flow(z, None, timesteps.to(dtype), "dirac", "state_only", B_bar)

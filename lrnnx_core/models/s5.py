@@ -28,6 +28,7 @@ from lrnnx_core.models._common import (
     check_timestep,
     compute_dtype,
     full_precision,
+    made_of,
     pair,
     zero_state,
 )
@@ -469,10 +470,14 @@ def sequence(
     scheme = "zoh" if discretization is None else discretization
     resolve(scheme, timestep_mode, alpha, DISCRETIZATIONS, where)
     with full_precision(params["log_dt"].device):
-        re, im = params["Lambda_re"].to(dtype), params["Lambda_im"].to(dtype)
-        Lambda = torch.complex(re.clamp(max=MAX_REAL) if clip_eigs else re, im)
-        dt = torch.exp(params["log_dt"].to(dtype)) * dt_scale
-        B = pair(params, "B", dtype)
+
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            re, im = params["Lambda_re"].to(dtype), params["Lambda_im"].to(dtype)
+            Lambda = torch.complex(re.clamp(max=MAX_REAL) if clip_eigs else re, im)
+            dt = torch.exp(params["log_dt"].to(dtype)) * dt_scale
+            return Lambda, dt, pair(params, "B", dtype)
+
+        Lambda, dt, B = made_of(params, ("s5", dtype, dt_scale, clip_eigs), make)
         if timesteps is not None:
             timesteps = timesteps.to(dtype)
         if timesteps is not None or always:

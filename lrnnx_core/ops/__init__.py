@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Public operators: differentiable to any order, on any device, under any torch.func transform."""
 
+import lrnnx_core.ops.add_norm  # noqa: F401  # pyright: ignore[reportUnusedImport]  # its kernels
 from lrnnx_core.ops.cauchy import cauchy
 from lrnnx_core.ops.causal_conv1d import causal_conv1d
 from lrnnx_core.ops.causal_convolution import causal_convolution

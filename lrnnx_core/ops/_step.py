@@ -64,7 +64,7 @@ def step_operator(
             isinstance(t, Tensor) and t.requires_grad for t in arguments
         ):
             return default(*arguments)
-        if first.is_cpu and os.environ.get("LRNNX_CPU_BACKEND") == "torch":
+        if kernel is on_cpu and os.environ.get("LRNNX_CPU_BACKEND") == "torch":
             return default(*arguments)
         if dispatch_observed() or not _ORDINARY.issuperset(map(type, arguments)):
             return leaf(*arguments)

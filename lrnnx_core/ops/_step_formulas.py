@@ -174,7 +174,7 @@ def griffin_step(
     state_only: bool,
     start_rule: bool,
     tanh: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Take one step of a Griffin block between its projections.
 
         v = conv(x),  i, r = sigmoid(v W + bias) by blocks,  log a = -rate r
@@ -184,7 +184,7 @@ def griffin_step(
     conv_weight (W, 1, K), conv_bias (W,), weights of the gates (heads, W / heads, W / heads), in by
     out, and their biases (W,); rate (W,). timesteps multiply log a, under ``state_only`` outside of
     the root alone. Under ``start_rule`` the state of a row that has not started counts as zero, and
-    its root as one. Returns y (*batch, W) and conv in x's dtype, and h.
+    its root as one. Returns y (*batch, W) and conv in x's dtype, h, and started, true now.
     """
     dtype = rate.dtype
     v, tail = _convolve(x.to(dtype), conv, conv_weight, conv_bias)
@@ -205,7 +205,7 @@ def griffin_step(
         before = torch.where(fresh, torch.zeros_like(before), before)
     new = torch.exp(timed) * before + root * (i * v)
     y = gelu(gate.to(dtype), approximate="tanh" if tanh else "none") * new
-    return y.to(x.dtype), tail.to(x.dtype), new
+    return y.to(x.dtype), tail.to(x.dtype), new, torch.ones_like(started)
 
 
 def ssd_step(
@@ -289,6 +289,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = None if weight is None else weight.to(wide.dtype)
     return torch.nn.functional.rms_norm(wide, x.shape[-1:], scale, eps).to(x.dtype)
+
+
+def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias for x (..., inputs), weight W (outputs, inputs) and bias (outputs,)."""
+    return linear(x, weight, bias)
 
 
 def _convolve(

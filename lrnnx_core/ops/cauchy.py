@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import blocked_sums, cpu, library
+from lrnnx_core.backends import blocked_sums, cpu, cuda_cauchy, library
 from lrnnx_core.backends.transforms import (
     allow_in_graph,
     differentiation_depth,
@@ -189,4 +189,5 @@ _leaf_backward = library.define(
 for _function in (_Cauchy.forward, _CauchyBackward.forward):
     setattr(_function, "__signature__", inspect.signature(_function))  # noqa: B010
 allow_in_graph(_cauchy)
+_CUDA = cuda_cauchy.implement()
 _CPU = cpu.implement("cauchy", "cauchy", "cauchy_backward")

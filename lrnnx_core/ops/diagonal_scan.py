@@ -47,6 +47,7 @@ def diagonal_scan(
     timestep_mode: TimestepMode = "both",
     reset: Tensor | None = None,
     mask: Tensor | None = None,
+    reverse: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute h_t = a_t h_{t-1} + gamma_t x_t over complex states stored as [re | im] halves.
@@ -62,10 +63,12 @@ def diagonal_scan(
         timestep_mode: whether in decay and gain (``both``) or in the decay (``state_only``).
         reset: (..., L) bool, clear the state before that step.
         mask: (..., L) bool, False is padding: h_t = h_{t-1}.
+        reverse: run from the last step to the first: h_t follows h_{t+1}, h0 is the state after the
+            last step, and a reset clears the state before its own step in that order.
         backend: ``"auto"``, or ``"reference"`` for the plain differentiable loop.
 
     Returns:
-        h (..., L, 2S), all states in halves, in x's dtype; the last state (..., S), complex, at
+        h (..., L, 2S), all states in halves, in x's dtype; the last state run (..., S), complex, at
         least complex64.
 
     Raises:
@@ -93,9 +96,9 @@ def diagonal_scan(
     with full_precision(x.device):
         arguments = _prepare(Arguments(x, A, steps, dt, h0, integration_timesteps, reset, mask))
         if backend == "reference":
-            h, last = _composite(*arguments, state_only, discretization, backend=backend)
+            h, last = _composite(*arguments, state_only, discretization, reverse, backend=backend)
         else:
-            h, last = _diagonal_scan(*arguments, state_only, discretization)
+            h, last = _diagonal_scan(*arguments, state_only, discretization, reverse)
     return h.to(dtype), last
 
 
@@ -171,6 +174,7 @@ def _composite(
     mask: Tensor | None,
     state_only: bool,
     scheme: str,
+    reverse: bool,
     *,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -193,7 +197,7 @@ def _composite(
     if mask is not None:
         # a = 1 with no input leaves the state alone
         a = torch.where(mask.unsqueeze(-1), a, torch.ones_like(a))
-    h, last = linear_scan(a, b, h0, reset=reset, backend=backend)
+    h, last = linear_scan(a, b, h0, reset=reset, reverse=reverse, backend=backend)
     return torch.cat([h.real, h.imag], dim=-1).to(x.dtype), last
 
 
@@ -212,7 +216,8 @@ def _fake_backward(h: Tensor, grad_h: Tensor, grad_last: Tensor, *rest: Any) -> 
 
 _ARGUMENTS = (
     "Tensor x, Tensor A, Tensor? steps, Tensor? dt, Tensor? h0, Tensor? timesteps, "
-    "Tensor? reset, Tensor? mask, bool state_only, str scheme"
+    "Tensor? reset, Tensor? mask, bool state_only, str scheme, "
+    "bool reverse=False"
 )
 _leaf = library.define(
     f"diagonal_scan({_ARGUMENTS}) -> (Tensor, Tensor)",
@@ -229,7 +234,7 @@ _apply = fused(
     _leaf,
     _leaf_backward,
     _composite,
-    Signature(tensors=8, differentiable=6, choices=2, outputs=2, remembered=(0,)),
+    Signature(tensors=8, differentiable=6, choices=3, outputs=2, remembered=(0,)),
 )
 
 

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: MIT
 """A diagonal scan between its two projections, in one operator: what S5 and LRU run.
 
-    y = C scan(B u) + D u
+    y = C scan(B u) + C2 scan_backwards(B u) + D u
 
-on real halves, `diagonal_scan` in the middle. It is one operator for its gradients: those of u
-through B and through D meet in one pass over memory, with that of D. The leaves are matrix
-products around the leaves of `diagonal_scan`, whose backends they share.
+on real halves, `diagonal_scan` in the middle; the second term is a bidirectional model's. It is one
+operator for its gradients: both directions share the drive B u and its gradient, and those of u
+through B and through D meet in one pass over memory, with that of D. The leaves are matrix products
+around the leaves of `diagonal_scan`, whose backends they share.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,21 @@ from lrnnx_core.backends.transforms import allow_in_graph, full_precision
 from lrnnx_core.ops._fused import Signature, fused
 from lrnnx_core.ops.diagonal_scan import diagonal_scan
 
-TENSORS = 11  # as the schema has them; the first nine have gradients
+TENSORS = 14  # as the schema has them; the first eleven have gradients
+
+
+class Backwards(NamedTuple):
+    """The direction against time; it begins with a zero state after the last sample.
+
+    Attributes:
+        C: (H_out, 2S), its readout.
+        integration_timesteps: (..., L), from each sample to the next one, in time's order.
+        reset: (..., L), where a document ends: the state is cleared before that sample is taken in.
+    """
+
+    C: Tensor
+    integration_timesteps: Tensor | None = None
+    reset: Tensor | None = None
 
 
 def projected_scan(
@@ -39,6 +54,7 @@ def projected_scan(
     timestep_mode: str = "both",
     reset: Tensor | None = None,
     mask: Tensor | None = None,
+    backwards: Backwards | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute y_t = C h_t + D u_t over h_t = a_t h_{t-1} + gamma_t B u_t in halves.
 
@@ -57,15 +73,18 @@ def projected_scan(
         integration_timesteps: (..., L).
         timestep_mode: ``both`` or ``state_only``.
         reset: (..., L).
-        mask: (..., L).
+        mask: (..., L), of both directions.
+        backwards: what a second direction has of its own, whose C h is added; timesteps where
+            `integration_timesteps` are given.
 
     Returns:
-        y (..., L, H_out) and the last state (..., S).
+        y (..., L, H_out) and the last state (..., S), of the direction of time.
     """
     varying = dt is not None and dt.ndim > 1
     steps, dt = (None, dt) if varying else (dt, None)
+    C2, later, ends = (None, None, None) if backwards is None else backwards
     return _projected_scan(
-        u, B, C, D, A, steps, dt, h0, integration_timesteps, reset, mask,
+        u, B, C, C2, D, A, steps, dt, h0, integration_timesteps, later, reset, ends, mask,
         timestep_mode == "state_only", discretization,
     )  # fmt: skip
 
@@ -74,58 +93,111 @@ def _composite(
     u: Tensor,
     B: Tensor,
     C: Tensor,
+    C2: Tensor | None,
     D: Tensor | None,
     A: Tensor,
     steps: Tensor | None,
     dt: Tensor | None,
     h0: Tensor | None,
     timesteps: Tensor | None,
+    later: Tensor | None,
     reset: Tensor | None,
+    ends: Tensor | None,
     mask: Tensor | None,
     state_only: bool,
     scheme: str,
 ) -> tuple[Tensor, Tensor]:
     """Compose the operator of differentiable pieces: right to any order."""
-    h, last = diagonal_scan(
-        linear(u, B), A, dt if steps is None else steps, h0, discretization=scheme,
-        integration_timesteps=timesteps, timestep_mode="state_only" if state_only else "both",
-        reset=reset, mask=mask,
-    )  # fmt: skip
+    x = linear(u, B)
+
+    def scan(
+        h0: Tensor | None, timesteps: Tensor | None, reset: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        return diagonal_scan(
+            x, A, dt if steps is None else steps, h0, discretization=scheme,
+            integration_timesteps=timesteps, timestep_mode="state_only" if state_only else "both",
+            reset=reset, mask=mask, reverse=reverse,
+        )  # fmt: skip
+
+    h, last = scan(h0, timesteps, reset, False)
     y = linear(h, C)
+    if C2 is not None:
+        y = y + linear(scan(None, later, ends, True)[0], C2)
     return y if D is None else torch.addcmul(y, D, u), last
 
 
+class _Scan(NamedTuple):
+    """The arguments of both directions' `diagonal_scan` but the drive, as the schema has them."""
+
+    A: Tensor
+    steps: Tensor | None
+    dt: Tensor | None
+    h0: Tensor | None
+    timesteps: Tensor | None
+    later: Tensor | None
+    reset: Tensor | None
+    ends: Tensor | None
+    mask: Tensor | None
+    state_only: bool
+    scheme: str
+
+    def of(self, reverse: bool) -> tuple[Any, ...]:
+        """Return those of one direction."""
+        state = None if reverse else self.h0
+        own = (self.later, self.ends) if reverse else (self.timesteps, self.reset)
+        return (
+            self.A, self.steps, self.dt, state, *own, self.mask, self.state_only, self.scheme,
+            reverse,
+        )  # fmt: skip
+
+
 def _default(
-    u: Tensor, B: Tensor, C: Tensor, D: Tensor | None, A: Tensor, *rest: Any
+    u: Tensor, B: Tensor, C: Tensor, C2: Tensor | None, D: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    """Leaf: y, the last state; and for the backward h and, if that wants it, the drive."""
+    """Leaf: y, the last state; and for the backward both h and, if that wants it, the drive."""
+    scan = _Scan(*rest)
     with full_precision(u.device):
         x = _project(u, B)
-        h, last = torch.ops.lrnnx_core.diagonal_scan.default(x, A, *rest)
-        y = _project(h, C)
+        h, last = torch.ops.lrnnx_core.diagonal_scan.default(x, *scan.of(False))
+        y, h2 = _project(h, C), x.new_empty((*x.shape[:-2], 0))
+        if C2 is not None:
+            h2, _ = torch.ops.lrnnx_core.diagonal_scan.default(x, *scan.of(True))
+            _add_projected(y, h2, C2)
         if D is not None:
             y.addcmul_(_beside(D, u), u)
-        return y, last, h, x if _wants_drive(rest[-1]) else x.new_empty((*x.shape[:-2], 0))
+        return y, last, h, h2, x if _wants_drive(scan.scheme) else x.new_empty((*x.shape[:-2], 0))
 
 
 def _default_backward(
     h: Tensor,
+    h2: Tensor,
     x: Tensor,
     grad_y: Tensor,
     grad_last: Tensor,
     u: Tensor,
     B: Tensor,
     C: Tensor,
+    C2: Tensor | None,
     D: Tensor | None,
-    A: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
+    scan = _Scan(*rest)
+    driven = _wants_drive(scan.scheme)
     with full_precision(u.device):
         dx, dA, dsteps, ddt, dh0, dtimesteps = torch.ops.lrnnx_core.diagonal_scan_backward.default(
-            h, _project(grad_y, C.mT), grad_last, x if _wants_drive(rest[-1]) else h, A, *rest
+            h, _project(grad_y, C.mT), grad_last, x if driven else h, *scan.of(False)
         )
-        dC, dB = _outer(grad_y, h, C), _outer(dx, u, B)
-        du = _project(dx, B.mT)
+        dC, dC2, dlater = _outer(grad_y, h, C), u.new_empty(0), u.new_empty(0)
+        if C2 is not None:
+            # no one asks for the state before the first sample: a zero of its own dtype
+            found = torch.ops.lrnnx_core.diagonal_scan_backward.default(
+                h2, _project(grad_y, C2.mT), torch.zeros_like(grad_last), x if driven else h2,
+                *scan.of(True),
+            )  # fmt: skip
+            dC2, dlater = _outer(grad_y, h2, C2), found[5]
+            for total, more in zip((dx, dA, dsteps, ddt), found, strict=False):
+                total.add_(more)
+        dB, du = _outer(dx, u, B), _project(dx, B.mT)
         if D is None:
             dD = du.new_empty(0)
         elif cuda_feedthrough.usable(du):
@@ -133,7 +205,7 @@ def _default_backward(
         else:
             du.addcmul_(_beside(D, u), grad_y)
             dD = (grad_y * u).sum(tuple(range(D.ndim - 1, u.ndim - 1)))
-        return du, dB, dC, dD, dA, dsteps, ddt, dh0, dtimesteps
+        return du, dB, dC, dC2, dD, dA, dsteps, ddt, dh0, dtimesteps, dlater
 
 
 def _wants_drive(scheme: str) -> bool:
@@ -145,6 +217,14 @@ def _project(x: Tensor, W: Tensor) -> Tensor:
     if W.ndim == 2:
         return linear(x, W)
     return torch.matmul(x, W.view(*W.shape[:-2], *(1,) * (x.ndim - W.ndim), *W.shape[-2:]).mT)
+
+
+def _add_projected(y: Tensor, x: Tensor, W: Tensor) -> None:
+    """Add `_project` to y, which is contiguous, in place."""
+    if W.ndim == 2:
+        y.view(-1, y.shape[-1]).addmm_(x.view(-1, x.shape[-1]), W.mT)
+    else:
+        y.add_(_project(x, W))
 
 
 def _outer(g: Tensor, x: Tensor, W: Tensor) -> Tensor:
@@ -161,36 +241,44 @@ def _beside(parameter: Tensor, x: Tensor) -> Tensor:
     )
 
 
-def _fake(u: Tensor, B: Tensor, C: Tensor, D: Any, A: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake(
+    u: Tensor, B: Tensor, C: Tensor, C2: Any, D: Any, A: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     batch, width = u.shape[:-2], B.shape[-2]
+
+    def states(wanted: bool) -> Tensor:
+        return u.new_empty((*u.shape[:-1], width) if wanted else (*batch, 0))
+
     return (
         u.new_empty((*u.shape[:-1], C.shape[-2])),
         A.new_empty((*batch, A.shape[-1])),
-        u.new_empty((*u.shape[:-1], width)),
-        u.new_empty((*u.shape[:-1], width) if _wants_drive(rest[-1]) else (*batch, 0)),
+        states(True),
+        states(C2 is not None),
+        states(_wants_drive(rest[-1])),
     )
 
 
 def _fake_backward(
-    h: Tensor, x: Tensor, grad_y: Tensor, grad_last: Tensor, *rest: Any
+    h: Tensor, h2: Tensor, x: Tensor, grad_y: Tensor, grad_last: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    like = [grad_y.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest[:9]]
-    like[7] = grad_last.new_empty(grad_last.shape)
+    like = [grad_y.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest[:11]]
+    like[8] = grad_last.new_empty(grad_last.shape)
     return tuple(like)
 
 
 _ARGUMENTS = (
-    "Tensor u, Tensor B, Tensor C, Tensor? D, Tensor A, Tensor? steps, Tensor? dt, Tensor? h0, "
-    "Tensor? timesteps, Tensor? reset, Tensor? mask, bool state_only, str scheme"
+    "Tensor u, Tensor B, Tensor C, Tensor? C2, Tensor? D, Tensor A, Tensor? steps, Tensor? dt, "
+    "Tensor? h0, Tensor? timesteps, Tensor? later, Tensor? reset, Tensor? ends, Tensor? mask, "
+    "bool state_only, str scheme"
 )
 _leaf = library.define(
-    f"projected_scan({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"projected_scan({_ARGUMENTS}) -> ({', '.join(['Tensor'] * 5)})",
     default=_default,
     fake=_fake,
 )
 _leaf_backward = library.define(
-    "projected_scan_backward(Tensor h, Tensor x, Tensor grad_y, Tensor grad_last, "
-    f"{_ARGUMENTS}) -> ({', '.join(['Tensor'] * 9)})",
+    "projected_scan_backward(Tensor h, Tensor h2, Tensor x, Tensor grad_y, Tensor grad_last, "
+    f"{_ARGUMENTS}) -> ({', '.join(['Tensor'] * 11)})",
     default=_default_backward,
     fake=_fake_backward,
 )
@@ -198,7 +286,7 @@ _apply = fused(
     _leaf,
     _leaf_backward,
     _composite,
-    Signature(tensors=TENSORS, differentiable=9, choices=2, outputs=2, remembered=(2, 3)),
+    Signature(tensors=TENSORS, differentiable=11, choices=2, outputs=2, remembered=(2, 3, 4)),
 )
 
 

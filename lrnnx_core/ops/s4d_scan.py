@@ -56,7 +56,7 @@ def s4d_scan(
         raise ValueError(f"s4d_scan: backend {backend!r}, expected 'auto' or 'reference'")
     dtype = u.dtype
     with full_precision(u.device):
-        u, a, v, D, lengths, reset = _prepare(u, a, v, D, lengths, reset)
+        u, a, v, D, lengths, reset = prepare(u, a, v, D, lengths, reset)
         if backend == "reference":
             y, last = _composite(u, a, v, D, lengths, reset, backend=backend)
         else:
@@ -66,7 +66,7 @@ def s4d_scan(
     return y.to(dtype), last
 
 
-def _prepare(
+def prepare(
     u: Tensor,
     a: Tensor,
     v: Tensor,
@@ -158,8 +158,9 @@ def _composite(
 
 
 def _fake(u: Tensor, a: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    keep = rest[4]
     batch, (H, M) = u.shape[:-2], a.shape[-2:]
-    chunks = -(-u.shape[-2] // blocked_s4d.chunk_length(M)) if rest[-1] else 0
+    chunks = -(-u.shape[-2] // blocked_s4d.chunk_length(M)) if keep else 0
     return u.new_empty(u.shape), a.new_empty(*batch, H, M), a.new_empty(*batch, chunks * H * M)
 
 
@@ -182,11 +183,13 @@ def _default_backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 _ARGUMENTS = "Tensor u, Tensor a, Tensor v, Tensor? D, Tensor? lengths, Tensor? reset"
 _leaf = library.define(
-    f"s4d_scan({_ARGUMENTS}, bool keep) -> (Tensor, Tensor, Tensor)", default=_default, fake=_fake
+    f"s4d_scan({_ARGUMENTS}, bool keep, bool reverse=False) -> (Tensor, Tensor, Tensor)",
+    default=_default,
+    fake=_fake,
 )
 _leaf_backward = library.define(
-    f"s4d_scan_backward(Tensor kept, Tensor grad_y, Tensor grad_last, {_ARGUMENTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"s4d_scan_backward(Tensor kept, Tensor grad_y, Tensor grad_last, {_ARGUMENTS}, "
+    "bool reverse=False) -> (Tensor, Tensor, Tensor, Tensor)",
     default=_default_backward,
     fake=_fake_backward,
 )

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The selective scan of Mamba (S6): a diagonal recurrence whose steps and matrices vary in time.
 
-Built like `linear_scan`, over one forward and one backward leaf, with one difference: the fused
-gradient is a first derivative only. Where more is asked for (two levels of torch.func, or any
-forward mode) the public function runs a composite of differentiable pieces instead, and a second
-derivative of an eager graph goes through the derivative of that composite.
+By `lrnnx_core.ops._fused`: one forward and one backward leaf hold the values and the first
+derivatives, and where more is asked for a composite of differentiable pieces runs instead.
 """
 
 from __future__ import annotations
@@ -18,12 +16,10 @@ from lrnnx_core.backends import blocked_selective, cpu, cuda_selective_scan, lib
 from lrnnx_core.backends.transforms import (
     allow_in_graph,
     differentiation_depth,
-    dual_level_active,
-    forward_mode_depth,
     full_precision,
-    positional_only,
 )
 from lrnnx_core.discretize import FUSED, resolve
+from lrnnx_core.ops._fused import Signature, fused
 from lrnnx_core.ops.linear_scan import linear_scan
 from lrnnx_core.types import Backend, Discretization, Number, Scheme, TimestepMode
 
@@ -269,72 +265,18 @@ def _selective_scan(
     state_only: bool,
     scheme: str,
 ) -> tuple[Tensor, Tensor]:
-    arguments = Arguments(u, dt, A, B, C, D, z, dt_bias, h0, decay_dt, timesteps, reset)
-    if differentiation_depth() > 1 or forward_mode_depth() or dual_level_active():
-        function, _ = resolve(scheme)  # pyright: ignore[reportArgumentType]
-        return _composite(arguments, softplus, state_only, function)
     # without a backward to come, nothing is kept for it
     keep = torch.is_grad_enabled() or differentiation_depth() > 0
-    y, last, _ = _Selective.apply(*arguments, softplus, state_only, scheme, keep)
+    y, last = _apply(
+        u, dt, A, B, C, D, z, dt_bias, h0, decay_dt, timesteps, reset,
+        softplus, state_only, scheme, keep,
+    )  # fmt: skip
     return y, last
 
 
-class _Selective(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _leaf(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.choices = inputs[12:15]
-        ctx.save_for_backward(*inputs[:12], output[2])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, kept = ctx.saved_tensors
-        results = _SelectiveBackward.apply(kept, grads[0], grads[1], *inputs, *ctx.choices)
-        gradients = [g if t is not None else None for g, t in zip(results, inputs, strict=False)]
-        return (*gradients, None, *(None,) * len(ctx.choices), None)
-
-
-class _SelectiveBackward(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _leaf_backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.choices = inputs[15:]
-        ctx.save_for_backward(*inputs[1:15])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_y, grad_last, *inputs = ctx.saved_tensors
-        softplus, state_only, name = ctx.choices
-        scheme, _ = resolve(name)
-        present = [i for i, t in enumerate(inputs[:11]) if t is not None]
-
-        def forward(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-            arguments = list(inputs)
-            for i, t in zip(present, tensors, strict=True):
-                arguments[i] = t
-            return _composite(Arguments(*arguments), softplus, state_only, scheme)
-
-        def gradient(grad_y: Tensor, grad_last: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            pull = torch.func.vjp(forward, *tensors)[1]
-            return pull((grad_y, grad_last))
-
-        pull = torch.func.vjp(gradient, grad_y, grad_last, *(inputs[i] for i in present))[1]
-        g_y, g_last, *g_inputs = pull(tuple(grads[i] for i in present))
-        result: list[Tensor | None] = [None] * (15 + len(ctx.choices))
-        result[1], result[2] = g_y, g_last
-        for i, g in zip(present, g_inputs, strict=True):
-            result[3 + i] = g
-        return tuple(result)
+def _named_composite(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *tensors, softplus, state_only, name = arguments
+    return _composite(Arguments(*tensors), softplus, state_only, resolve(name)[0])
 
 
 _ARGUMENTS = (
@@ -381,8 +323,12 @@ _leaf_backward = library.define(
     default=_default_backward,
     fake=_fake_backward,
 )
-for _function in (_Selective.forward, _SelectiveBackward.forward):
-    positional_only(_function)
+_apply = fused(
+    _leaf,
+    _leaf_backward,
+    _named_composite,
+    Signature(tensors=12, differentiable=11, choices=3, outputs=2, remembered=(2,), passing=1),
+)
 allow_in_graph(_selective_scan)
 _CUDA = cuda_selective_scan.implement()
 _CPU = cpu.implement("selective_scan", "selective_scan", "selective_scan_backward")

@@ -10,6 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
+from lrnnx_core.backends.cuda_linear_step import linear_step as linear_on_cuda
+from lrnnx_core.backends.cuda_mamba_step import mamba_step as mamba_on_cuda
+from lrnnx_core.backends.cuda_steps_diagonal import diagonal_step as diagonal_on_cuda
+from lrnnx_core.backends.cuda_steps_diagonal import flow_step as flow_on_cuda
+from lrnnx_core.backends.cuda_steps_griffin import griffin_step as griffin_on_cuda
+from lrnnx_core.backends.cuda_steps_norm import rms_norm as norm_on_cuda
+from lrnnx_core.backends.cuda_steps_s7 import s7_step as s7_on_cuda
+from lrnnx_core.backends.cuda_steps_siso import siso_step as siso_on_cuda
+from lrnnx_core.backends.cuda_steps_ssd import ssd_step as ssd_on_cuda
 from lrnnx_core.ops import _step_formulas as formulas
 from lrnnx_core.ops._step import step_operator
 
@@ -26,6 +35,7 @@ diagonal_step = step_operator(
     "step_diagonal",
     formulas.diagonal_step,
     _diagonal_fake,
+    cuda=diagonal_on_cuda,
 )
 
 
@@ -42,6 +52,7 @@ siso_step = step_operator(
     "step_siso",
     formulas.siso_step,
     _siso_fake,
+    cuda=siso_on_cuda,
 )
 
 
@@ -59,6 +70,7 @@ mamba_step = step_operator(
     "step_mamba",
     formulas.mamba_step,
     _mamba_fake,
+    cuda=mamba_on_cuda,
 )
 
 
@@ -75,23 +87,26 @@ flow_step = step_operator(
     "step_diagonal",
     formulas.flow_step,
     _flow_fake,
+    cuda=flow_on_cuda,
 )
 
 
 def _griffin_fake(
-    x: Tensor, gate: Any, conv: Tensor, h: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(conv.shape), rest[7].new_empty(h.shape)
+    x: Tensor, gate: Any, conv: Tensor, h: Tensor, started: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    new = rest[6].new_empty(h.shape)
+    return x.new_empty(x.shape), x.new_empty(conv.shape), new, started.new_empty(started.shape)
 
 
 griffin_step = step_operator(
     "griffin_step(Tensor x, Tensor gate, Tensor conv, Tensor h, Tensor started, "
     "Tensor conv_weight, Tensor? conv_bias, Tensor input_weight, Tensor input_bias, "
     "Tensor recurrent_weight, Tensor recurrent_bias, Tensor rate, Tensor? timesteps, "
-    "bool state_only, bool start_rule, bool tanh) -> (Tensor, Tensor, Tensor)",
+    "bool state_only, bool start_rule, bool tanh) -> (Tensor, Tensor, Tensor, Tensor)",
     "step_griffin",
     formulas.griffin_step,
     _griffin_fake,
+    cuda=griffin_on_cuda,
 )
 
 
@@ -108,6 +123,7 @@ ssd_step = step_operator(
     "step_ssd",
     formulas.ssd_step,
     _ssd_fake,
+    cuda=ssd_on_cuda,
 )
 
 
@@ -120,6 +136,7 @@ s7_step = step_operator(
     "step_s7",
     formulas.s7_step,
     _s7_fake,
+    cuda=s7_on_cuda,
 )
 
 
@@ -132,4 +149,18 @@ rms_norm = step_operator(
     "step_norm",
     formulas.rms_norm,
     _norm_fake,
+    cuda=norm_on_cuda,
+)
+
+
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+linear_step = step_operator(
+    "linear_step(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    None,
+    formulas.linear_step,
+    _linear_fake,
+    cuda=linear_on_cuda,
 )

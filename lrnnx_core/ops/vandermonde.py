@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import blocked_sums, library
+from lrnnx_core.backends import blocked_sums, cuda_vandermonde, library
 from lrnnx_core.backends.transforms import allow_in_graph, forward_mode_depth, full_precision
 from lrnnx_core.ops._rows import Rows, check_nodes, real_dtype
 from lrnnx_core.types import Backend
@@ -192,3 +192,4 @@ _leaf_moments = library.define(
 for _function in (_Vandermonde.forward, _Moments.forward):
     setattr(_function, "__signature__", inspect.signature(_function))  # noqa: B010
 allow_in_graph(_vandermonde)
+_CUDA = cuda_vandermonde.implement()

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lrnnx_core.backends.transforms import autocasting
 from lrnnx_core.sequences import Layout, layout
@@ -20,10 +19,12 @@ from lrnnx_nn.architectures import checkpoint
 from lrnnx_nn.architectures._tokens import check_range, last_valid, positions
 from lrnnx_nn.architectures.language_config import LRNNLMConfig
 from lrnnx_nn.blocks import Dropout
+from lrnnx_nn.linears import apply_linear, apply_weight
 from lrnnx_nn.mixers import make_mixer
 from lrnnx_nn.mlp import make_mlp
 from lrnnx_nn.norms import make_norm
 from lrnnx_nn.residual import ResidualBlock, takes_capacity
+from lrnnx_nn.residual_stream import Stream, add_and_normalize, run_on_stream
 from lrnnx_nn.stack import Stack
 
 ARCHITECTURE = "language_model"
@@ -222,11 +223,11 @@ class LRNNLMHeadModel(nn.Module):
         seq = self._layout("forward", ids, lengths, mask, reset, integration_timesteps)
         places, _ = positions(ids, seq, None, self.positions is not None)
         x = self._embed("forward", ids, seq, places)
-        x = self.layers(
-            x, lengths=lengths, mask=mask, reset=reset,
+        stream, _ = run_on_stream(
+            self.layers, "forward", Stream(x), lengths=lengths, mask=mask, reset=reset,
             integration_timesteps=integration_timesteps, dt_scale=dt_scale,
         )  # fmt: skip
-        return self._logits(x, seq.valid(ids.shape[-1]), last_only)
+        return self._logits(stream, seq.valid(ids.shape[-1]), last_only)
 
     def prefill(
         self,
@@ -253,11 +254,12 @@ class LRNNLMHeadModel(nn.Module):
         start = None if state is None else state.position
         places, position = positions(ids, seq, start, self.positions is not None)
         x = self._embed("prefill", ids, seq, places)
-        x, blocks = self.layers.prefill(
-            x, None if state is None else state.blocks, lengths=lengths, mask=mask, reset=reset,
-            integration_timesteps=integration_timesteps, dt_scale=dt_scale,
+        stream, blocks = run_on_stream(
+            self.layers, "prefill", Stream(x), None if state is None else state.blocks,
+            lengths=lengths, mask=mask, reset=reset, integration_timesteps=integration_timesteps,
+            dt_scale=dt_scale,
         )  # fmt: skip
-        logits = self._logits(x, seq.valid(ids.shape[-1]), last_only)
+        logits = self._logits(stream, seq.valid(ids.shape[-1]), last_only)
         return logits, LanguageModelState(blocks, position)
 
     def step(
@@ -279,11 +281,11 @@ class LRNNLMHeadModel(nn.Module):
         x = self._scaled(self.embedding(ids_t))
         if self.positions is not None:
             x = x + self.positions(state.position)
-        x, blocks = self.layers.step(
-            self.dropout(x), state.blocks, integration_timestep=integration_timestep,
-            dt_scale=dt_scale,
+        stream, blocks = run_on_stream(
+            self.layers, "step", Stream(self.dropout(x)), state.blocks,
+            integration_timestep=integration_timestep, dt_scale=dt_scale,
         )  # fmt: skip
-        return self._read(x), LanguageModelState(blocks, state.position + 1)
+        return self._read(stream), LanguageModelState(blocks, state.position + 1)
 
     def _embed(self, where: str, ids: Tensor, seq: Layout, places: Tensor | None) -> Tensor:
         valid = seq.valid(ids.shape[-1])
@@ -300,21 +302,21 @@ class LRNNLMHeadModel(nn.Module):
     def _scaled(self, x: Tensor) -> Tensor:
         return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
 
-    def _logits(self, x: Tensor, valid: Tensor | None, last_only: bool) -> Tensor:
+    def _logits(self, stream: Stream, valid: Tensor | None, last_only: bool) -> Tensor:
         if last_only:
-            x, valid = last_valid(x, valid)
-        logits = self._read(x)
+            x, valid = last_valid(stream.total(), valid)
+            stream = Stream(x)
+        logits = self._read(stream)
         if valid is None:
             return logits
         return torch.where(valid.unsqueeze(-1), logits, torch.zeros_like(logits))
 
-    def _read(self, x: Tensor) -> Tensor:
+    def _read(self, stream: Stream) -> Tensor:
         """Return the logits (..., vocab_size) of the stream (..., H)."""
-        x = self.norm(x)
         weight = self.embedding.weight
-        if not autocasting(x.device):
-            x = x.to(weight.dtype)
-        logits = F.linear(x, weight) if self.head is None else self.head(x)
+        dtype = None if autocasting(stream.x.device) else weight.dtype
+        _, x = add_and_normalize(self.norm, stream, dtype=dtype)
+        logits = apply_weight(x, weight) if self.head is None else apply_linear(self.head, x)
         if self.config.vocab_size < weight.shape[0]:
             logits = logits[..., : self.config.vocab_size]
         cap = self.config.logit_soft_cap

@@ -188,6 +188,7 @@ def _continue(
     carry = _Carry(
         context, keys, stop, every, every, torch.zeros_like(keys), torch.zeros(batch).to(chosen)
     )
+    token_rows, chosen_rows = tokens.unbind(0), chosen.unbind(0)
     taken = 0
     interval = 1
     if streamer is None:  # looking at values makes the host wait
@@ -199,9 +200,10 @@ def _continue(
 
     def observe(carry: _Carry) -> bool:
         nonlocal taken
-        tokens[taken].copy_(carry.token)
-        chosen[taken].copy_(carry.log_probability)
-        lengths.add_(carry.had)
+        token_rows[taken].copy_(carry.token)
+        chosen_rows[taken].copy_(carry.log_probability)
+        if len(stop):
+            lengths.add_(carry.had)
         taken += 1
         if taken % interval and taken < count:
             return False
@@ -213,6 +215,8 @@ def _continue(
     if count and carry.token.numel():
         key = (sampling, pad_token)
         carry = engines.repeat(step, carry, count, observe, engine=engine, model=model, key=key)
+    if not len(stop):
+        lengths.fill_(taken)
     longest = int(lengths.max()) if lengths.numel() else 0
     tokens, chosen = tokens[:longest].movedim(0, -1), chosen[:longest].movedim(0, -1)
     return Generation(tokens.contiguous(), lengths, chosen.contiguous(), carry.context)

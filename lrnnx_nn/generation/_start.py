@@ -36,6 +36,8 @@ def _read(
 ) -> tuple[Tensor, Any]:
     """Read a part of the prompt; rows that have ended keep their logits."""
     part = prompt.ids[..., begin : begin + prompt.chunk]
+    if prompt.lengths is None and part.shape[-1] == 1 and state is not None:
+        return model.step(part.squeeze(-1), state)
     if prompt.lengths is None:
         return model.prefill(part, state, lengths=None, last_only=True)
     lengths = (prompt.lengths - begin).clamp(0, part.shape[-1])

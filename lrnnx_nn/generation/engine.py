@@ -7,6 +7,10 @@ fixed addresses, and Python does not run when it is replayed. So before a kept g
 step runs as usual, while the operators it calls and the memory they read are written down; unless
 both are what they were at the capture (weights moved, a value that a layer keeps made anew, a
 changed mode), a new graph is captured.
+
+What was written down also tells which tensors of the carry a single operator reads, and nothing
+later: those the captured step gives away (`lrnnx_core.backends.donation`), and a kernel that makes
+the next state writes it there instead of having it copied.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -21,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lrnnx_core.backends.donation import donating
 from lrnnx_nn.generation.state import map_state, same_layout, tensors
 
 Step = Callable[[Any], Any]
@@ -42,10 +48,17 @@ class Trace(NamedTuple):
     calls: list[tuple[Any, ...]]
     read: list[Tensor]
     """What was there before, the carry aside; holding it keeps its memory from being used again."""
+    spent: tuple[int, ...] = ()
+    """Numbers of the carry's tensors that one operator reads, once, and nothing later: it may write
+    where it has read."""
 
     def same(self, other: Trace) -> bool:
         """Return whether a graph of one of them does what the other did."""
-        return self.calls == other.calls and _places(self.read) == _places(other.read)
+        return (
+            self.calls == other.calls
+            and self.spent == other.spent
+            and _places(self.read) == _places(other.read)
+        )
 
 
 def _places(read: list[Tensor]) -> list[int]:
@@ -67,7 +80,9 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         # every tensor is held, so that no address is given to another one meanwhile
         self.held: list[Tensor] = list(tensors(carry))
-        self.own = {_place(t) for t in self.held}
+        self.carry = [_place(t) for t in self.held]
+        self.own = set(self.carry)
+        self.uses = Counter(self.carry)  # 1 here, for the carry itself
         self.trace = Trace([], [])
 
     def __torch_dispatch__(
@@ -82,10 +97,21 @@ class _Recorder(TorchDispatchMode):
                 self.held.append(t)
                 self.trace.read.append(t)
         out = func(*args, **(kwargs or {}))
+        made = {_place(t) for t in tensors(out)}
         for t in tensors(out):
             self.held.append(t)
-            self.own.add(_place(t))
+        self.own |= made
+        # a view is no reader; what it is read for is counted where that happens
+        self.uses.update(place for t in tensors(arguments) if (place := _place(t)) not in made)
         return out
+
+    def finish(self, after: Any) -> Trace:
+        """Return the trace of the step that led to this carry."""
+        out = {_place(t) for t in tensors(after)}
+        spent = (
+            i for i, place in enumerate(self.carry) if self.uses[place] == 2 and place not in out
+        )
+        return self.trace._replace(spent=tuple(spent))
 
 
 def _plain(value: Any) -> list[Any]:
@@ -100,11 +126,22 @@ def _plain(value: Any) -> list[Any]:
 
 
 def record(step: Step, carry: Any) -> tuple[Any, Trace]:
-    """Take a step; return the carry after it, and what it did with a contiguous carry."""
-    carry = map_state(Tensor.contiguous, carry)
+    """Take a step; return the carry after it, and what it did with a contiguous carry.
+
+    No two tensors of that carry share memory, as in a graph's buffers.
+    """
+    places: set[int] = set()
+
+    def apart(t: Tensor) -> Tensor:
+        t = t.contiguous()
+        t = t.clone() if _place(t) in places else t
+        places.add(_place(t))
+        return t
+
+    carry = map_state(apart, carry)
     with _Recorder(carry) as recorder:
         after = step(carry)
-    return after, recorder.trace
+    return after, recorder.finish(after)
 
 
 class Graph:
@@ -114,16 +151,20 @@ class Graph:
         step: the function.
         carry: one it can be applied to; the buffers get its shapes.
         trace: what the step did when it was recorded with such a carry.
+        donate: let operators write new states where those old ones are that nothing else reads,
+            which saves a copy of each.
 
     Raises:
         NotCapturableError: the device refuses to capture an operator.
     """
 
-    def __init__(self, step: Step, carry: Any, trace: Trace) -> None:
+    def __init__(self, step: Step, carry: Any, trace: Trace, donate: bool = True) -> None:
         self.trace = trace
         self.lock = threading.Lock()
         self.device = next(tensors(carry)).device
         self.carry = map_state(lambda t: t.clone(memory_format=torch.contiguous_format), carry)
+        buffers = list(tensors(self.carry))
+        given = [buffers[i] for i in trace.spent] if donate else []
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             side = torch.cuda.Stream()
@@ -133,7 +174,10 @@ class Graph:
             torch.cuda.current_stream().wait_stream(side)
             stream = torch.cuda.current_stream()
             try:
-                with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                with (
+                    torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
+                    donating(given),
+                ):
                     self._write(step(self.carry))
             except RuntimeError as error:
                 torch.cuda.set_stream(stream)  # a capture that fails leaves its own as the current
@@ -144,12 +188,22 @@ class Graph:
         """Copy a carry into the buffers; parts of it may be views of other buffers."""
         buffers = {_place(t) for t in tensors(self.carry)}
 
+        def unchanged(buffer: Tensor, value: Tensor) -> bool:
+            return (
+                value.data_ptr() == buffer.data_ptr()
+                and value.stride() == buffer.stride()
+                and not (value.is_conj() or value.is_neg())
+            )
+
         def apart(buffer: Tensor, value: Tensor) -> Tensor:
-            unchanged = value.data_ptr() == buffer.data_ptr() and value.stride() == buffer.stride()
-            return value.clone() if _place(value) in buffers and not unchanged else value
+            away = _place(value) in buffers and not unchanged(buffer, value)
+            return value.clone() if away else value
+
+        def write(buffer: Tensor, value: Tensor) -> Tensor:
+            return buffer if unchanged(buffer, value) else buffer.copy_(value)
 
         values = map_state(apart, self.carry, carry)
-        map_state(lambda buffer, value: buffer.copy_(value), self.carry, values)
+        map_state(write, self.carry, values)
 
     def load(self, carry: Any) -> None:
         """Copy a carry into the buffers."""
@@ -246,12 +300,13 @@ def _captured(step: Step, carry: Any) -> Graph:
     wanted, trace = record(step, carry)
     check_static(carry, wanted)
     check_blind(trace)
-    graph = Graph(step, carry, trace)
-    graph.load(carry)
-    graph.replay()
-    if not _agree(graph.carry, wanted):
-        raise NotCapturableError("replayed, the graph does not give what the step gives")
-    return graph
+    for donate in (True, False) if trace.spent else (False,):
+        graph = Graph(step, carry, trace, donate)
+        graph.load(carry)
+        graph.replay()
+        if _agree(graph.carry, wanted):
+            return graph
+    raise NotCapturableError("replayed, the graph does not give what the step gives")
 
 
 def _agree(got: Any, wanted: Any) -> bool:

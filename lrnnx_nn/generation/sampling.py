@@ -236,6 +236,8 @@ class Sampling:
 
     def choose(self, logits: Tensor, seen: Tensor, keys: Tensor, drawn: Tensor) -> Tensor:
         """Return the next token (...) of every row; arguments as in `scores` and `uniforms`."""
+        if self.greedy and self.repetition_penalty == 1:
+            return logits.argmax(-1)
         scores = self.scores(logits, seen)
         if self.greedy:
             return scores.argmax(-1)

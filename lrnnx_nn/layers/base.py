@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lrnnx_core import checks, frequency, registry
 from lrnnx_core.backends.transforms import transform_active
 from lrnnx_core.models._auto import chunk_length, prefers_convolution
+from lrnnx_core.models._common import SteadyParams
 from lrnnx_core.types import Discretization, Params
 
 # What a call brings rather than the layer: never an option of the constructor.
@@ -42,7 +43,7 @@ class Held:
     """
 
     def __init__(self, layer: nn.Module, keys: Iterable[str]) -> None:
-        self.params: Params = {}
+        self.params: Params = SteadyParams()
         self.options: dict[str, dict[str, Any]] = {}
         self.made: dict[Any, Any] = {}
         """What does not depend on a call, by name; gone with the first change of a parameter."""
@@ -367,7 +368,9 @@ class Layer(nn.Module):
             raise ValueError(f"{type(self).__name__}.{what}: a bidirectional layer cannot stream")
 
     def _check_values(self, u: Tensor, timesteps: Tensor | None, lengths: Tensor | None) -> None:
-        if u.device.type != "cpu" or (timesteps is None and lengths is None) or transform_active():
+        if timesteps is None and lengths is None:
+            return
+        if u.device.type != "cpu" or transform_active():
             return
         if timesteps is not None and timesteps.device.type == "cpu":
             checks.integration_timesteps(timesteps)
@@ -376,12 +379,15 @@ class Layer(nn.Module):
 
     def _check_scale(self, dt_scale: float | Tensor) -> None:
         """Raise unless this is one number: a tensor of more may fit some axis by chance."""
-        where = f"{type(self).__name__}: dt_scale"
         if isinstance(dt_scale, Tensor):
-            if dt_scale.ndim:
-                raise ValueError(f"{where} {tuple(dt_scale.shape)}, expected a 0-d tensor")
-        elif not 0 <= dt_scale < math.inf:
-            raise ValueError(f"{where} = {dt_scale}, expected a finite number >= 0")
+            if not dt_scale.ndim:
+                return
+            said = f" {tuple(dt_scale.shape)}, expected a 0-d tensor"
+        else:
+            if 0 <= dt_scale < math.inf:
+                return
+            said = f" = {dt_scale}, expected a finite number >= 0"
+        raise ValueError(f"{type(self).__name__}: dt_scale{said}")
 
     def _watch_stability(self, u: Tensor) -> None:
         """Look at the eigenvalues at the first use in evaluation, eager and without gradients."""

@@ -14,6 +14,7 @@ from lrnnx_core.models._projected import REVERSE, around_padding
 from lrnnx_core.sequences import Layout, layout
 from lrnnx_core.types import Params
 from lrnnx_nn.layers.base import Held, Layer
+from lrnnx_nn.linears import apply_linear
 
 
 def in_directions(*keys: str) -> frozenset[str]:
@@ -36,9 +37,14 @@ class ProjectedLayer(Layer):
         """Call a projection; outside autocast its input takes the dtype of its weight."""
         module = self._modules[name]
         weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and not autocasting(x.device):
-            x = x.to(weight.dtype) if weight.is_floating_point() else x
-        return module(x)  # pyright: ignore[reportOptionalCall]
+        if (
+            isinstance(weight, Tensor)
+            and weight.dtype is not x.dtype
+            and weight.is_floating_point()
+            and not autocasting(x.device)
+        ):
+            x = x.to(weight.dtype)
+        return apply_linear(module, x)  # pyright: ignore[reportArgumentType]
 
     def _inner(
         self, u: Tensor, state: Any, seq: Layout, mode: str, options: dict[str, Any]
@@ -88,7 +94,7 @@ class ProjectedLayer(Layer):
         check_input(where, u_t, self.d_model, next(iter(params.values())), rank=1, shape="(..., H)")
         check_timestep(where, integration_timestep, u_t)
         y, new = self._step(u_t, state, integration_timestep, dt_scale, params, held)
-        return y.to(u_t.dtype), new
+        return y if y.dtype is u_t.dtype else y.to(u_t.dtype), new
 
     def _step(
         self,

@@ -43,9 +43,11 @@ class _Call:
         mask: Tensor | None,
         state_only: bool,
         scheme: str,
+        reverse: bool = False,
         *,
         backward: bool,
     ) -> None:
+        self.reverse = reverse
         self.batch, (self.L, self.S) = x.shape[:-2], (x.shape[-2], A.shape[-1])
         shared = A.ndim - 1
         self.P, self.R = math.prod(self.batch[:shared]), math.prod(self.batch[shared:])
@@ -73,6 +75,9 @@ class _Call:
             blocks=self.blocks, block=self.block, gained=self.gained, state_only=state_only,
             scratch_step=k.LINES * self.block * size,
         )  # fmt: skip
+        if reverse:  # numbers of steps stand in the order in which those are run
+            marks = (timesteps, reset, mask)
+            timesteps, reset, mask = (None if t is None else t.flip(-1) for t in marks)
         self.hold(
             tables=self.tables(A, steps, scheme),
             h0=None if h0 is None else halves(h0.to(self.dtype)),
@@ -111,6 +116,9 @@ class _Call:
     def sequence(self, name: str, t: Tensor, width: int) -> None:
         """Set a sequence (*batch, L, width), read where it lies if it can be."""
         kept, layout = rows(t, self.real, self.P, self.R, self.L, width)
+        if self.reverse:  # from the last step on, backwards
+            start, outer, inner, time = layout
+            layout = start + (self.L - 1) * time, outer, inner, -time
         place = k.FIELDS * k.SEQUENCES.index(name)
         self.table[place : place + k.FIELDS] = layout
         self.alive.append(kept)
@@ -149,7 +157,7 @@ def diagonal_scan_backward(
     """Leaf: as `blocked_diagonal.gradients`."""
     if x.numel() == 0 or _turns_too_far(A, *rest):
         return blocked_diagonal.gradients(h, grad_h, grad_last, x, A, *rest)
-    steps, dt, _, timesteps = rest[:4]
+    (steps, dt, _, timesteps), scheme = rest[:4], rest[7]
     call = _Call(x, A, *rest, backward=True)
     real = call.real
     dx = torch.empty(x.shape, dtype=real)
@@ -168,10 +176,11 @@ def diagonal_scan_backward(
         call.hold(dtimes=dtimes)
     timed = diagonal_timed.backward
     call.run(diagonal_steady.backward if call.steady else timed(call.scheme, call.same))
+    dtimes = dtimes.flip(-1) if dtimes is not None and call.reverse else dtimes
     total = sums.view(call.P, call.R, k.SUMS_EACH, call.S).sum(1).reshape(*A.shape[:-1], -1, call.S)
     first = torch.complex(total[..., 0, :], total[..., 1, :])
     if call.steady:
-        dA, dsteps = _chained(call, first, total, rest[-1])
+        dA, dsteps = _chained(call, first, total, scheme)
     else:
         dA, dsteps = first, total[..., 2, :].contiguous()
     # each absent gradient is a tensor of its own: results of an operator must not alias
@@ -213,6 +222,7 @@ def _turns_too_far(
     mask: Tensor | None,
     state_only: bool,
     scheme: str,
+    reverse: bool = False,
 ) -> bool:
     """Return whether an angle may be beyond the range of the kernels' sine and cosine."""
     if scheme in ("none", "bilinear") or (dt is None and timesteps is None):

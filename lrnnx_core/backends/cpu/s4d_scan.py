@@ -41,9 +41,10 @@ def s4d_scan(
     lengths: Tensor | None,
     reset: Tensor | None,
     keep: bool,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Leaf: see `lrnnx_core.backends.blocked_s4d.s4d_scan`."""
-    p = _Problem(u, a, v, D, lengths, reset)
+    p = _Problem(u, a, v, D, lengths, reset, reverse)
     new = torch.empty if lengths is None else torch.zeros
     y = new(u.shape, dtype=p.dtype)
     last = torch.empty((*u.shape[:-2], p.H, p.M), dtype=a.dtype)
@@ -52,11 +53,11 @@ def s4d_scan(
         y = with_direct(y.zero_(), D, u, lengths)
         last.zero_()
     else:
-        x = rows(u, p.dtype, p.G, p.R, p.L, p.H)
+        x = p.sequence(u)
         workers, scratch = p.workspace(6, 2 * TILE + 1, TILE)
         pool.run(
-            _forward, workers, p.items, address(y), address(last), address(kept) if keep else 0,
-            *x.layout, *p.arguments, scratch.data_ptr(), scratch.stride(0), p.one,
+            _forward, workers, p.items, *p.written(y), address(last), address(kept) if keep else 0,
+            *x, *p.arguments, scratch.data_ptr(), scratch.stride(0), p.one,
         )  # fmt: skip
     return y.to(u.dtype), last, kept
 
@@ -71,9 +72,10 @@ def s4d_scan_backward(
     D: Tensor | None,
     lengths: Tensor | None,
     reset: Tensor | None,
+    reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Leaf: see `lrnnx_core.backends.blocked_s4d.s4d_scan_backward`."""
-    p = _Problem(u, a, v, D, lengths, reset)
+    p = _Problem(u, a, v, D, lengths, reset, reverse)
     du = (torch.empty if lengths is None else torch.zeros)(u.shape, dtype=p.dtype)
     if not p.items:
         du, dD = direct_gradients(du.zero_(), grad_y, u, D, lengths)
@@ -81,11 +83,11 @@ def s4d_scan_backward(
     workers, scratch = p.workspace(23, 7 * p.chunk + 2, p.chunk)
     sums = torch.zeros((workers, 2, *a.shape), dtype=a.dtype)
     direct = None if D is None else torch.zeros((workers, *a.shape[:-1]), dtype=p.dtype)
-    x, g = (rows(t, p.dtype, p.G, p.R, p.L, p.H) for t in (u, grad_y))
+    x, g = p.sequence(u), p.sequence(grad_y)
     states, end = packed(kept, a.dtype), packed(grad_last, a.dtype)
     pool.run(
-        _backward, workers, p.items, address(du), address(sums), address(direct),
-        address(states), address(end), *x.layout, *g.layout, *p.arguments, scratch.data_ptr(),
+        _backward, workers, p.items, *p.written(du), address(sums), address(direct),
+        address(states), address(end), *x, *g, *p.arguments, scratch.data_ptr(),
         scratch.stride(0), p.one,
     )  # fmt: skip
     da, dv = torch.conj_physical(_total(sums)).unbind(0)
@@ -112,7 +114,10 @@ class _Problem:
         D: Tensor | None,
         lengths: Tensor | None,
         reset: Tensor | None,
+        reverse: bool,
     ) -> None:
+        self.reverse = reverse
+        reset = reset.flip(-1) if reset is not None and reverse else reset
         *batch, self.L, self.H = u.shape
         self.M = a.shape[-1]
         self.G = math.prod(a.shape[:-2])
@@ -128,17 +133,30 @@ class _Problem:
         size = self.one.itemsize
         self.width = lanes.count(size)
         self.items = self.G * -(-self.H // self.width) * self.R if self.M and self.L else 0
-        self.tensors = (
+        self.tensors: list[Tensor | None] = [
             packed(a, a.dtype),
             packed(v, a.dtype),
             packed(None if D is None else D.expand(a.shape[:-1]), self.dtype),
             packed(lengths, torch.int64),
             packed(reset, torch.bool),
-        )
+        ]
         self.arguments = (
             *(address(t) for t in self.tensors), self.G, self.R, self.L, self.H, self.M,
             self.padded, self.chunk, self.parts, self.pairs, self.width, size,
         )  # fmt: skip
+
+    def sequence(self, t: Tensor) -> tuple[int, ...]:
+        """Return the address of the first step run of (*batch, L, H), and strides."""
+        kept, (start, outer, inner, time) = rows(t, self.dtype, self.G, self.R, self.L, self.H)
+        self.tensors.append(kept)
+        if self.reverse:
+            start, time = start + (self.L - 1) * time, -time
+        return start, outer, inner, time
+
+    def written(self, t: Tensor) -> tuple[int, int]:
+        """Return the address of the first step run of a dense one, and its stride in time."""
+        start, _, _, time = self.sequence(t)
+        return start, time
 
     def workspace(self, operations: int, rows: int, samples: int) -> tuple[int, Tensor]:
         """Return the workers, and bytes for each: tile rows, six blocks of states, and bounds."""
@@ -294,8 +312,8 @@ def _run_real(x, y, S, A, C, padded, bounds, segments, V, one):
 
 @jit
 def _forward(
-    begin, end, worker, y, last, kept, u, u_g, u_r, u_t, a, v, direct, lengths, reset, G, R, L, H,
-    M, padded, chunk, parts, pairs, W, size, scratch, stride, one,
+    begin, end, worker, y, y_t, last, kept, u, u_g, u_r, u_t, a, v, direct, lengths, reset, G, R, L,
+    H, M, padded, chunk, parts, pairs, W, size, scratch, stride, one,
 ):  # fmt: skip
     blocks, chunks = (H + W - 1) // W, (L + chunk - 1) // chunk
     V = W * size
@@ -338,8 +356,8 @@ def _forward(
                 _run_pairs(x_tile, y_tile, S, A, C, padded, bounds, segments, V, one)
             else:
                 _run_real(x_tile, y_tile, S, A, C, padded, bounds, segments, V, one)
-            target = y + ((row * L + t0) * H + first) * size
-            _deliver(target, H * size, y_tile, count, h, W, V, one)
+            target = y + (row * L * H + first) * size + t0 * y_t
+            _deliver(target, y_t, y_tile, count, h, W, V, one)
         _collect(last + (row * H + first) * state, S, M, parts, h, W, one)
         if kept != 0:
             for c in range((stop + chunk - 1) // chunk, chunks):
@@ -473,9 +491,9 @@ def _add(target, block, M, parts, h, W, one):
 
 @jit
 def _backward(
-    begin, end, worker, du, sums, direct_sums, kept, grad_last, u, u_g, u_r, u_t, grad, g_g, g_r,
-    g_t, a, v, direct, lengths, reset, G, R, L, H, M, padded, chunk, parts, pairs, W, size, scratch,
-    stride, one,
+    begin, end, worker, du, du_t, sums, direct_sums, kept, grad_last, u, u_g, u_r, u_t, grad, g_g,
+    g_r, g_t, a, v, direct, lengths, reset, G, R, L, H, M, padded, chunk, parts, pairs, W, size,
+    scratch, stride, one,
 ):  # fmt: skip
     blocks, chunks = (H + W - 1) // W, (L + chunk - 1) // chunk
     V = W * size
@@ -546,8 +564,8 @@ def _backward(
                         )  # fmt: skip
             if starts:
                 _clear(P, parts * padded, V, one)
-            target = du + ((row * L + t0) * H + first) * size
-            _deliver(target, H * size, d_tile, count, h, W, V, one)
+            target = du + (row * L * H + first) * size + t0 * du_t
+            _deliver(target, du_t, d_tile, count, h, W, V, one)
         if r == R - 1 or item == end - 1:
             target = sums + 2 * worker * G * H * state + (g * H + first) * state
             _add(target, GA, M, parts, h, W, one)

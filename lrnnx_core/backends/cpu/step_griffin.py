@@ -45,7 +45,7 @@ def griffin_step(
     state_only: bool,
     start_rule: bool,
     tanh: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Leaf; the contract is that of `lrnnx_core.ops._step_formulas.griffin_step`."""
     kind, dtype = x.dtype, rate.dtype
     x, gate, conv, h, rate, conv_weight, input_weight, recurrent_weight = (
@@ -78,7 +78,7 @@ def griffin_step(
         for out, weight in ((i, input_weight), (r, recurrent_weight)):
             out.view(batch, heads, block).copy_(torch.bmm(blocks, weight).transpose(0, 1))
         pool.run(_step, workers, batch, 2, *arguments)
-    return y.to(kind), tail.to(kind), new
+    return y.to(kind), tail.to(kind), new, torch.ones_like(started)
 
 
 def warm() -> None:

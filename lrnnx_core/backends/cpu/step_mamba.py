@@ -70,27 +70,33 @@ def mamba_step(
     y = xz.new_empty((*xz.shape[:-1], width))
     new, tail = h.new_empty(h.shape), conv.new_empty(conv.shape)
     # v, delta (batch, E) and what x_proj gives (batch, R + 2 N)
-    v, delta, mixed = xz.new_empty((batch, width)), xz.new_empty((batch, width)), None
-    mixed = xz.new_empty((batch, parts))
+    memory = xz.new_empty(batch * (2 * width + parts))
+    v_at, size = memory.data_ptr(), batch * dtype.itemsize
     arguments = (
         LIKE[dtype], width, states, rank, taps, xz.data_ptr(), conv.data_ptr(), h.data_ptr(),
         conv_weight.data_ptr(), address(conv_bias), x_proj.data_ptr(), dt_proj.data_ptr(),
         dt_bias.data_ptr(), A.data_ptr(), D.data_ptr(), address(decay_dt), address(timesteps),
         address(norms[0]), address(norms[1]), address(norms[2]), dt_scale, normalized, state_only,
-        SCHEMES[scheme], y.data_ptr(), new.data_ptr(), tail.data_ptr(), v.data_ptr(),
-        delta.data_ptr(), mixed.data_ptr(),
+        SCHEMES[scheme], y.data_ptr(), new.data_ptr(), tail.data_ptr(), v_at,
+        v_at + size * width, v_at + 2 * size * width,
     )  # fmt: skip
     cost = 0.5 * width * (taps + 2 * states) + 0.1 * width * (parts + rank)
     workers = pool.workers(batch, cost * batch)
-    if small_batch(batch, width * (parts + rank)):
+    if workers == 1 and small_batch(batch, width * (parts + rank)):
+        _step(0, batch, 0, 0, *arguments)
+    elif small_batch(batch, width * (parts + rank)):
         pool.run(_step, workers, batch, 0, *arguments)
     else:  # two matrix products between three parts of the kernel
+        v, delta, mixed = memory.split([batch * width, batch * width, batch * parts])
+        v, delta, mixed = v.view(batch, width), delta.view(batch, width), mixed.view(batch, parts)
         pool.run(_step, workers, batch, 1, *arguments)
         torch.mm(v, x_proj.mT, out=mixed)
         pool.run(_step, workers, batch, 2, *arguments)
         torch.mm(mixed[:, :rank], dt_proj.mT, out=delta)
         pool.run(_step, workers, batch, 3, *arguments)
-    return y.to(kind), tail.to(kind), new
+    if kind is not dtype:
+        y, tail = y.to(kind), tail.to(kind)
+    return y, tail, new
 
 
 @jit

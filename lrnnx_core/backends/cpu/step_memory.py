@@ -29,11 +29,9 @@ PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 def ready(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Return t contiguous, without lazy bits and of this dtype."""
-    if t.is_conj() or t.is_neg():
-        t = t.resolve_conj().resolve_neg()
-    if t.dtype is not dtype:
-        t = t.to(dtype)
-    return t if t.is_contiguous() else t.contiguous()
+    if t.dtype is dtype and t.is_contiguous() and not t.is_neg() and not t.is_conj():
+        return t
+    return t.resolve_conj().resolve_neg().to(dtype).contiguous()
 
 
 def _scope(builder):

@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         _rms_norm, pool.workers(rows, 0.15 * width * rows), rows, LIKE[dtype], width, x.data_ptr(),
         address(weight), eps, y.data_ptr(),
     )  # fmt: skip
-    return y.to(kind)
+    return y if kind is dtype else y.to(kind)
 
 
 def warm() -> None:

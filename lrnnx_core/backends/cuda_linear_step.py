@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""A linear map of a few rows on CUDA: shapes, and the launch of cuda/linear_step.cu."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lrnnx_core.backends import cuda
+
+MOST_ROWS = 8  # of x; above, matrix units are faster
+THREADS = 128  # of a block, at least
+UNROLL = 4  # pieces of a row of the weight that a thread asks for at a time
+GROUPS = (8, 128)  # threads that share a row of the weight, at least and at most
+OUTPUTS = 4  # rows of the weight that they work on together, at most
+BUSY = 1024  # threads of a multiprocessor that are enough to have more outputs in each
+LAYOUT = "4P5q"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def partition(inputs: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return (neighbouring numbers of a thread, threads of a row); they fix the order of sums."""
+    vector = 16 // dtype.itemsize
+    while inputs % vector:
+        vector //= 2
+    group, most = GROUPS
+    while group < most and group * UNROLL * vector < inputs:
+        group *= 2
+    return vector, group
+
+
+@functools.cache
+def kernel(
+    dtype: torch.dtype, vector: int, group: int, outputs: int, rows: int, wide: bool
+) -> cuda.Kernel:
+    """Return a kernel.
+
+    Args:
+        dtype: of everything.
+        vector: neighbouring numbers of a thread.
+        group: threads of a row of the weight.
+        outputs: rows of the weight that they work on together.
+        rows: of x, at most.
+        wide: whether neighbours are loaded together.
+    """
+    definitions = {
+        "DTYPE": cuda.NAMES[dtype],
+        "VECTOR": vector,
+        "GROUP": group,
+        "OUTPUTS": outputs,
+        "ROWS": rows,
+        "UNROLL": UNROLL,
+        "THREADS": max(THREADS, group),
+        "WIDE": "true" if wide else "false",
+    }
+    return cuda.Kernel("linear_step.cu", "linear_step", definitions, LAYOUT)
+
+
+class Shape(NamedTuple):
+    """The launch for inputs of certain shapes; the kernel is None where torch's is taken."""
+
+    kernel: cuda.Kernel | None
+    blocks: int
+    sizes: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(
+    rows: int,
+    inputs: int,
+    outputs: int,
+    weight_strides: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    alignment: int,
+    device: int,
+) -> Shape:
+    dtype = dtypes[0]
+    plain = weight_strides[1] == 1 or inputs == 1
+    fits = 0 < rows <= MOST_ROWS and inputs > 0 and outputs > 0
+    if not (fits and plain and dtype in DTYPES and all(d is dtype for d in dtypes)):
+        return Shape(None, 0, ())
+    vector, group = partition(inputs, dtype)
+    width = vector * dtype.itemsize
+    wide = not alignment % width and not weight_strides[0] % vector
+    held = 1
+    while held < rows:
+        held *= 2
+    threads = outputs * group // max(cuda.limits(device).multiprocessors, 1)
+    together = 1
+    while together < OUTPUTS and together * held < 16 and threads >= 2 * together * BUSY:
+        together *= 2
+    call = kernel(dtype, vector, group, together, held, wide)
+    per_block = max(THREADS, group) // group * together
+    sizes = (rows, inputs, outputs, inputs, weight_strides[0])
+    return Shape(call, -(-outputs // per_block), sizes)
+
+
+def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return y (..., outputs) = x W^T + b for x (..., inputs) and W (outputs, inputs).
+
+    More than `MOST_ROWS` rows, and what the kernel does not read, torch multiplies.
+
+    Raises:
+        ValueError: a tensor on another device.
+    """
+    device = x.get_device()
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.get_device() != device:
+            raise ValueError(f"linear_step: {name} is on {t.device}, x on {x.device}")
+    inputs = x.shape[-1]
+    outputs, width = weight.shape
+    rows = x.numel() // inputs if inputs else 0
+    if rows > MOST_ROWS or width != inputs or not cuda.ready():
+        return linear(x, weight, bias)
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return linear_step(x, weight, bias)
+    if bias is not None:
+        bias = bias.contiguous()
+    x = x.contiguous()
+    at_x, at_weight = x.data_ptr(), weight.data_ptr()
+    dtypes = (x.dtype, weight.dtype) if bias is None else (x.dtype, weight.dtype, bias.dtype)
+    call = _shape(rows, inputs, outputs, weight.stride(), dtypes, (at_x | at_weight) & 15, device)
+    if call.kernel is None:
+        return linear(x, weight, bias)
+    y = x.new_empty((*x.shape[:-1], outputs))
+    threads = max(THREADS, partition(inputs, x.dtype)[1])
+    call.kernel.launch(
+        device, call.blocks, threads, 0, at_x, at_weight,
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), *call.sizes,
+    )  # fmt: skip
+    return y
+
+
+def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
+    """Return the kernels of one and eight rows for 768 and 1536 inputs, and a large vocabulary."""
+    found: list[cuda.Kernel] = []
+    for dtype, inputs, outputs, rows in (
+        (torch.bfloat16, 768, 1, 1), (torch.bfloat16, 1536, 1, 1), (torch.bfloat16, 768, 4, 1),
+        (torch.bfloat16, 768, 1, 8), (torch.bfloat16, 1536, 1, 8),
+        (torch.float32, 768, 1, 1), (torch.float16, 768, 1, 1), (torch.float64, 768, 1, 1),
+    ):  # fmt: skip
+        vector, group = partition(inputs, dtype)
+        found.append(kernel(dtype, vector, group, outputs, rows, True))
+    return found
+
+
+cuda.KERNELS["linear_step"] = kernels

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: MIT
+"""One step of a Mamba block between its projections on CUDA: two kernels, cuda/mamba_step*.cu."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrnnx_core.backends import cuda, donation, library
+from lrnnx_core.backends.cuda_selective_step import partition
+
+THREADS = 64  # of a block of the second kernel
+BLOCKS = (12, 8)  # of it on a multiprocessor, at least, without and with a loop over states
+FEW_BLOCKS = 6  # the same where a thread has one row: there are hardly more
+ROWS = (4, 2)  # of the batch that a thread of it works on together, at most; the same
+RANK_VECTOR = 4  # neighbours of r that a thread of it reads at a time, at most
+MIXED_THREADS = 256  # of a block of the first kernel, at most
+MIXED_ROWS, MIXED_OUTPUTS = 2, 8  # that a block of the first kernel has, at most
+MOST_TAPS = 8
+LAYOUT = "16P9qd"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def mixed_kernel(
+    dtype: torch.dtype, taps: int, vector: int, outputs: int, rows: int
+) -> cuda.Kernel:
+    """Return the kernel of v, r, B and C.
+
+    Args:
+        dtype: of activations and weights.
+        taps: of the convolution.
+        vector: neighbouring channels of a thread.
+        outputs: rows of x_proj of a block.
+        rows: of the batch, of a block.
+    """
+    definitions = {
+        "DTYPE": cuda.NAMES[dtype],
+        "TAPS": taps,
+        "VECTOR": vector,
+        "OUTPUTS": outputs,
+        "ROWS": rows,
+    }
+    return cuda.Kernel("mamba_step_mixed.cu", "mamba_step_mixed", definitions, LAYOUT)
+
+
+@functools.cache
+def kernel(
+    dtype: torch.dtype, taps: int, scheme: str, split: bool, states: int, rank: int, rows: int
+) -> cuda.Kernel:
+    """Return the kernel of the recurrence.
+
+    Args:
+        dtype: of activations and weights.
+        taps: of the convolution.
+        scheme: the discretization.
+        split: whether decay and input may have different steps.
+        states: N.
+        rank: R, of which only the largest power of two that divides it matters.
+        rows: of the batch that a thread works on together.
+    """
+    state = torch.promote_types(dtype, torch.float32)
+    vector, lanes = partition(states, state)
+    return _kernel(
+        dtype, taps, scheme, split, vector, lanes, rows,
+        min(_width(rank, dtype), RANK_VECTOR), states > vector * lanes,
+    )  # fmt: skip
+
+
+@functools.cache
+def _kernel(
+    dtype: torch.dtype,
+    taps: int,
+    scheme: str,
+    split: bool,
+    vector: int,
+    lanes: int,
+    rows: int,
+    rank_vector: int,
+    loop: bool,
+) -> cuda.Kernel:
+    definitions = {
+        "DTYPE": cuda.NAMES[dtype],
+        "TAPS": taps,
+        "SCHEME": scheme.upper(),
+        "SPLIT": "true" if split else "false",
+        "VECTOR": vector,
+        "LANES": lanes,
+        "ROWS": rows,
+        "RANK_VECTOR": rank_vector,
+        "LOOP": "true" if loop else "false",
+        "THREADS": THREADS,
+        "RANK_UNROLL": 1 if rows > 1 else 2,
+        "BLOCKS": BLOCKS[loop] if rows > 1 else FEW_BLOCKS,
+    }
+    return cuda.Kernel("mamba_step.cu", "mamba_step", definitions, LAYOUT)
+
+
+def _width(size: int, dtype: torch.dtype) -> int:
+    """Return how many neighbours out of ``size`` go into 16 bytes and leave no rest."""
+    vector = 16 // dtype.itemsize
+    while size % vector:
+        vector //= 2
+    return vector
+
+
+class Shape(NamedTuple):
+    """Everything of a launch that does not change while shapes and dtypes do not.
+
+    Attributes:
+        mixed: the first kernel; None where the formulas run in PyTorch.
+        mixed_grid: its blocks and threads.
+        mixed_tiles: of outputs.
+        kernel: the second kernel.
+        blocks: its grid.
+        tiles: of channels.
+        sizes: batch, channels, states, rank, columns of B and C, pitch.
+    """
+
+    mixed: cuda.Kernel | None
+    mixed_grid: tuple[int, int]
+    mixed_tiles: int
+    kernel: cuda.Kernel | None
+    blocks: int
+    tiles: int
+    sizes: tuple[int, ...]
+
+
+_NONE = Shape(None, (0, 0), 0, None, 0, 0, ())
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(
+    batch_shape: torch.Size,
+    A_shape: torch.Size,
+    rank: int,
+    taps: int,
+    narrow: tuple[torch.dtype | None, ...],
+    wide: tuple[torch.dtype | None, ...],
+    split: bool,
+    normalized: bool,
+    scheme: str,
+    device: int,
+) -> Shape:
+    """Return the launch.
+
+    Args:
+        batch_shape: the batch axes.
+        A_shape: (E, N).
+        rank: R.
+        taps: of the convolution.
+        narrow: dtypes of what the kernels read as activations, those first; None if not given.
+        wide: dtypes of A and the state.
+        split: whether decay and input may have different steps.
+        normalized: the argument.
+        scheme: the argument.
+        device: the index of the device.
+    """
+    dtype, (channels, states), batch = narrow[0], A_shape, math.prod(batch_shape)
+    if dtype not in DTYPES or normalized or not 1 <= taps <= MOST_TAPS:
+        return _NONE
+    state = torch.promote_types(dtype, torch.float32)
+    if any(d is not None and d is not dtype for d in narrow) or any(d is not state for d in wide):
+        return _NONE
+    if not (batch and channels and states and rank):
+        return _NONE
+    vector = _width(channels, dtype)
+    threads = min(MIXED_THREADS, -(-channels // vector // cuda.WARP) * cuda.WARP)
+    together, outputs, held = 1, rank + 2 * states, 1
+    while together < MIXED_ROWS and together < batch:
+        together *= 2
+    row_tiles = -(-batch // together)
+    busy = cuda.limits(device).multiprocessors
+    while held < MIXED_OUTPUTS and row_tiles * -(-outputs // (2 * held)) >= busy:
+        held *= 2
+    mixed_tiles = -(-outputs // held)
+
+    pieces, lanes = partition(states, state)
+    rows, most = 1, min(ROWS[states > pieces * lanes], lanes)
+    while rows < most and 2 * rows <= batch:
+        rows *= 2
+    tiles = -(-channels // (THREADS // lanes))
+    unit = 16 // state.itemsize
+    B_at = -(-rank // unit) * unit
+    C_at = B_at + -(-states // unit) * unit
+    sizes = (batch, channels, states, rank, B_at, C_at, C_at + C_at - B_at)
+    return Shape(
+        mixed_kernel(dtype, taps, vector, held, together),
+        (mixed_tiles * row_tiles, threads), mixed_tiles,
+        kernel(dtype, taps, scheme, split, states, rank, rows), tiles * -(-batch // rows), tiles,
+        sizes,
+    )  # fmt: skip
+
+
+def _ready(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor as the kernels read it: of this dtype, contiguous, at a multiple of 16."""
+    if dtype is not None and t.dtype is not dtype:
+        t = t.to(dtype)
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() & 15 else t
+
+
+def mamba_step(
+    xz: Tensor,
+    conv: Tensor,
+    h: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    decay_dt: Tensor | None,
+    timesteps: Tensor | None,
+    dt_norm: Tensor | None,
+    B_norm: Tensor | None,
+    C_norm: Tensor | None,
+    dt_scale: float,
+    normalized: bool,
+    state_only: bool,
+    scheme: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Leaf; the contract is that of `lrnnx_core.ops._step_formulas.mamba_step`.
+
+    Inner norms, weights of another dtype than the activations and more than eight taps run in
+    PyTorch. While states are given away (`donation`), the new ones take their places.
+
+    Raises:
+        ValueError: a tensor on another device.
+    """
+    tensors = {
+        "conv": conv, "h": h, "conv_weight": conv_weight, "conv_bias": conv_bias,
+        "x_proj": x_proj, "dt_proj": dt_proj, "dt_bias": dt_bias, "A": A, "D": D,
+        "decay_dt": decay_dt, "timesteps": timesteps,
+    }  # fmt: skip
+    device = xz.get_device()
+    for name, t in tensors.items():
+        if t is not None and t.get_device() != device:
+            raise ValueError(f"mamba_step: {name} is on {t.device}, xz on {xz.device}")
+    narrow = (
+        xz.dtype, conv.dtype, conv_weight.dtype, None if conv_bias is None else conv_bias.dtype,
+        x_proj.dtype, dt_proj.dtype,
+    )  # fmt: skip
+    split = decay_dt is not None or (timesteps is not None and state_only)
+    call = _NONE
+    if cuda.ready():
+        call = _shape(
+            xz.shape[:-1], A.shape, dt_proj.shape[1], conv_weight.shape[-1], narrow,
+            (A.dtype, h.dtype), split, normalized, scheme, device,
+        )  # fmt: skip
+    if call.mixed is None or call.kernel is None:
+        return library.default("mamba_step")(
+            xz, conv, h, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, decay_dt,
+            timesteps, dt_norm, B_norm, C_norm, dt_scale, normalized, state_only, scheme,
+        )  # fmt: skip
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return mamba_step(
+                xz, conv, h, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, decay_dt,
+                timesteps, dt_norm, B_norm, C_norm, dt_scale, normalized, state_only, scheme,
+            )  # fmt: skip
+    state = A.dtype
+    y = xz.new_empty((*xz.shape[:-1], A.shape[0]))
+    tail = donation.new_state(conv, conv.shape, xz.dtype)
+    new = donation.new_state(h, h.shape, state)
+    mixed = A.new_empty((call.sizes[0], call.sizes[-1]))
+    # held until the launches: copies among them are freed with the last name
+    held = (
+        _ready(xz), _ready(conv), _ready(conv_weight),
+        None if conv_bias is None else _ready(conv_bias), _ready(x_proj), _ready(dt_proj),
+        _ready(dt_bias, state), _ready(A), _ready(D, state),
+        None if decay_dt is None else _ready(decay_dt, state),
+        None if timesteps is None else _ready(timesteps, state), _ready(h),
+    )  # fmt: skip
+    pointers = [0 if t is None else t.data_ptr() for t in held]
+    pointers += [mixed.data_ptr(), y.data_ptr(), tail.data_ptr(), new.data_ptr()]
+    sizes, rest = call.sizes, (int(state_only), dt_scale)
+    call.mixed.launch(device, *call.mixed_grid, 0, *pointers, *sizes, call.mixed_tiles, *rest)
+    call.kernel.launch(device, call.blocks, THREADS, 0, *pointers, *sizes, call.tiles, *rest)
+    return y, tail, new
+
+
+def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
+    """Return the kernels of the library's models: N = 16, rank 48, one row and many."""
+    found: list[cuda.Kernel] = []
+    for dtype, many in (
+        (torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, True),
+        (torch.float32, False), (torch.float16, False), (torch.float64, False),
+    ):  # fmt: skip
+        tile = (MIXED_OUTPUTS, MIXED_ROWS) if many else (1, 1)
+        found.append(mixed_kernel(dtype, 4, 16 // dtype.itemsize, *tile))
+        found.append(kernel(dtype, 4, "mamba", False, 16, 48, 4 if many else 1))
+    found.append(kernel(torch.bfloat16, 4, "mamba", True, 16, 48, 1))  # STREAM
+    found.append(kernel(torch.bfloat16, 4, "zoh", False, 16, 48, 4))
+    found.append(kernel(torch.bfloat16, 4, "mamba", False, 128, 48, 2))
+    return found
+
+
+cuda.KERNELS["mamba_step"] = kernels

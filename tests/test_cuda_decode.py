@@ -1,0 +1,320 @@
+"""Decoding on CUDA: steps of Mamba, linear maps of few rows, states overwritten in a graph.
+
+Run with ``pytest -m cuda tests/test_cuda_decode.py`` on a machine with a GPU and CuPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lrnnx_core.backends import cuda_linear_step, cuda_mamba_step
+from lrnnx_core.backends.cuda_linear_step import linear_step
+from lrnnx_core.backends.cuda_mamba_step import mamba_step
+from lrnnx_core.backends.donation import donating
+from lrnnx_core.ops import _step_formulas as formulas
+from lrnnx_core.ops import steps
+from lrnnx_nn import LRNNLMHeadModel, Mamba
+from lrnnx_nn.generation import engine, generate, rollout
+
+pytestmark = pytest.mark.cuda
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def new_tensors_are_on_the_gpu() -> Iterator[None]:
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    want = want.double()
+    return float((got.double() - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[Any]:
+    """Return a list to which every launch of a module's kernels is added."""
+    found: list[Any] = []
+    launch = module.cuda.Kernel.launch
+
+    def note(self: Any, *arguments: Any) -> None:
+        found.append(self)
+        launch(self, *arguments)
+
+    monkeypatch.setattr(module.cuda.Kernel, "launch", note)
+    return found
+
+
+# ------------------------------------------------------------------------------ linear maps
+
+SIZES = [(768, 3072), (1536, 768), (768, 50280), (1, 1), (7, 5), (20, 37), (1032, 9), (4104, 3)]
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES, ids=str)
+def test_a_linear_map_of_few_rows(
+    inputs: int, outputs: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = counted(monkeypatch, cuda_linear_step)
+    weight, bias = normal(outputs, inputs, dtype=dtype, seed=1), normal(outputs, dtype=dtype)
+    for rows in (1, 2, 3, 5, 8, 9):
+        x = normal(rows, inputs, dtype=dtype, seed=2)
+        for b in (None, bias):
+            got = linear_step(x, weight, b)
+            assert (got.shape, got.dtype) == ((rows, outputs), dtype)
+            exact = None if b is None else b.double()
+            want = nn.functional.linear(x.double(), weight.double(), exact)
+            plain = nn.functional.linear(x, weight, b)
+            assert error(got, want) <= max(2 * error(plain, want), torch.finfo(dtype).eps / 4)
+            assert torch.equal(got, linear_step(x, weight, b))
+            if rows <= 8:
+                assert torch.equal(got[-1], linear_step(x[-1], weight, b))
+    assert len(launches) == 5 * 2 * 3
+
+
+@EVERY_DTYPE
+def test_a_linear_map_of_slices(dtype: torch.dtype) -> None:
+    weight, x = normal(40, 64, dtype=dtype), normal(2, 3, 64, dtype=dtype, seed=1)
+    want = linear_step(x, weight, None)
+    assert want.shape == (2, 3, 40)
+    moved = torch.zeros(40, 65, dtype=dtype)
+    moved[:, 1:] = weight
+    wider = torch.zeros(2, 3, 131, dtype=dtype)
+    wider[..., 1:65] = x
+    assert torch.equal(linear_step(wider[..., 1:65], moved[:, 1:], None), want)
+    turned = weight.mT.contiguous().mT  # cuBLAS
+    torch.testing.assert_close(linear_step(x, turned, None), want, rtol=2e-2, atol=5e-2)
+    assert linear_step(x[:0], weight, None).shape == (0, 3, 40)
+
+
+def test_a_linear_map_refuses_two_devices() -> None:
+    with pytest.raises(ValueError, match="weight is on cpu, x on cuda"):
+        linear_step(normal(1, 8), normal(3, 8).cpu(), None)
+
+
+def test_projections_run_it_where_nothing_stands_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = counted(monkeypatch, cuda_linear_step)
+    layer = Mamba(32, 8).eval()
+    u, state = normal(2, 32, dtype=torch.float32), layer.init_state((2,))
+
+    def count() -> int:
+        del launches[:]
+        layer.step(u, state)
+        return sum(kernel.entry == "linear_step" for kernel in launches)
+
+    with torch.no_grad():
+        assert count() == 2
+        hook = layer.in_proj.register_forward_hook(lambda m, x, y: 2 * y)
+        assert count() == 1
+        hook.remove()
+        torch.nn.utils.parametrizations.weight_norm(layer.out_proj)
+        assert count() == 1
+        with torch.autocast("cuda", torch.bfloat16):
+            assert count() == 0
+    assert count() == 0  # gradients
+
+
+# ------------------------------------------------------------------------------ a step of Mamba
+
+
+def problem(
+    scheme: str = "mamba",
+    batch: tuple[int, ...] = (3,),
+    width: int = 24,
+    states: int = 16,
+    rank: int = 4,
+    taps: int = 4,
+    dtype: torch.dtype = torch.float32,
+    *,
+    timed: bool = True,
+    state_only: bool = False,
+    faded: bool = False,
+) -> list[Any]:
+    wide, seeds = torch.promote_types(dtype, torch.float32), iter(range(99))
+
+    def narrow(*shape: int) -> Tensor:
+        return normal(*shape, dtype=dtype, seed=next(seeds))
+
+    def state(*shape: int) -> Tensor:
+        return normal(*shape, dtype=wide, seed=next(seeds))
+
+    E, N = width, states
+    return [
+        narrow(*batch, 2 * E), narrow(*batch, taps - 1, E), state(*batch, E, N), narrow(E, 1, taps),
+        narrow(E) if timed else None, narrow(rank + 2 * N, E) / E**0.5, narrow(E, rank), state(E),
+        -state(E, N).abs(), state(E), state(E).abs() if faded else None,
+        state(*batch).abs() if timed else None, None, None, None, 0.7 if timed else 1.0, False,
+        state_only, scheme,
+    ]  # fmt: skip
+
+
+def exact(arguments: list[Any]) -> tuple[Tensor, ...]:
+    return formulas.mamba_step(*(t.double() if isinstance(t, Tensor) else t for t in arguments))
+
+
+def check(arguments: list[Any]) -> tuple[Tensor, ...]:
+    got, plain, want = mamba_step(*arguments), formulas.mamba_step(*arguments), exact(arguments)
+    for a, b, c in zip(got, plain, want, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert error(a, c) <= 2 * error(b, c) + torch.finfo(a.dtype).eps
+    return got
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("scheme", ["mamba", "dirac", "zoh", "bilinear"])
+@pytest.mark.parametrize("batch", [(), (1,), (64,), (3, 2)], ids=str)
+def test_a_step_computes_its_formulas(
+    batch: tuple[int, ...], scheme: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = counted(monkeypatch, cuda_mamba_step)
+    cases: list[dict[str, Any]] = [
+        {"timed": False}, {}, {"state_only": True}, {"faded": True, "state_only": True},
+    ]  # fmt: skip
+    for choice in cases:
+        check(problem(scheme, batch, dtype=dtype, **choice))
+    assert [kernel.entry for kernel in launches] == 4 * ["mamba_step_mixed", "mamba_step"]
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("states", [1, 3, 16, 64, 200])
+@pytest.mark.parametrize(("width", "rank", "taps"), [(1, 1, 1), (7, 5, 2), (1040, 48, 4)], ids=str)
+def test_any_size(width: int, rank: int, taps: int, states: int, dtype: torch.dtype) -> None:
+    arguments = problem("zoh", (5,), width, states, rank, taps, dtype)
+    many = check(arguments)
+    for row in (0, 4):  # a row does not depend on the rows around it
+        one = [t[row] if i in (0, 1, 2, 11) else t for i, t in enumerate(arguments)]
+        for alone, together in zip(mamba_step(*one), many, strict=True):
+            assert torch.equal(alone, together[row])
+
+
+def test_the_size_of_a_small_language_model() -> None:
+    for batch in (1, 64):
+        for dtype in (torch.bfloat16, torch.float32):
+            arguments = problem("mamba", (batch,), 1536, 16, 48, 4, dtype, timed=False)
+            arguments[6] = arguments[6] / 7
+            check(arguments)
+
+
+def test_where_tensors_lie_changes_nothing() -> None:
+    arguments = problem("mamba", (2, 3), dtype=torch.bfloat16)
+    want = mamba_step(*arguments)
+    for i, t in enumerate(arguments):
+        if isinstance(t, Tensor) and t.ndim:
+            wider = torch.zeros(*t.shape[:-1], t.shape[-1] + 3, dtype=t.dtype)
+            wider[..., 1:-2] = t
+            moved = [*arguments[:i], wider[..., 1:-2], *arguments[i + 1 :]]
+            for a, b in zip(mamba_step(*moved), want, strict=True):
+                assert torch.equal(a, b)
+
+
+def test_what_has_no_kernel_runs_in_pytorch() -> None:
+    normed, mixed = problem(), problem(dtype=torch.bfloat16)
+    normed[12], normed[16] = normal(4, dtype=torch.float32), True
+    mixed[5] = mixed[5].float()
+    for arguments in (normed, mixed, problem(taps=9), problem(batch=(0,))):
+        for a, b in zip(mamba_step(*arguments), formulas.mamba_step(*arguments), strict=True):
+            torch.testing.assert_close(a, b)
+    arguments = problem()
+    with pytest.raises(ValueError, match="A is on cpu, xz on cuda"):
+        mamba_step(*arguments[:8], arguments[8].cpu(), *arguments[9:])
+
+
+def test_through_the_dispatcher_and_by_itself() -> None:
+    arguments = problem("zoh")
+    with torch.no_grad():
+        want = mamba_step(*arguments)
+        for f in (steps.mamba_step, torch.ops.lrnnx_core.mamba_step.default):
+            assert all(map(torch.equal, f(*arguments), want))
+    arguments[0].requires_grad_()
+    y, _, _ = steps.mamba_step(*arguments)
+    y.sum().backward()
+    assert arguments[0].grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_states_given_away_are_overwritten(dtype: torch.dtype) -> None:
+    for batch, states in (((1,), 16), ((64,), 16), ((5,), 200)):
+        arguments = problem("mamba", batch, 40, states, dtype=dtype)
+        want = mamba_step(*arguments)
+        kept = [t.clone() for t in arguments[1:3]]
+        with donating(arguments[2:3]):
+            _, conv, h = mamba_step(*arguments)
+        assert h is arguments[2]
+        assert conv is not arguments[1]
+        assert torch.equal(h, want[2])
+        assert torch.equal(arguments[1], kept[0])
+        arguments[2].copy_(kept[1])
+        with donating(arguments[1:3]):
+            y, conv, h = mamba_step(*arguments)
+        assert (conv is arguments[1], h is arguments[2]) == (True, True)
+        assert all(map(torch.equal, (y, conv, h), want))
+        assert mamba_step(*arguments)[2] is not h
+
+
+# ------------------------------------------------------------------------------ in a graph
+
+
+def model_of(**options: Any) -> LRNNLMHeadModel:
+    torch.manual_seed(1)
+    model = LRNNLMHeadModel(64, 16, 2, 37, ["mamba"], device="cuda", **options)
+    nn.init.normal_(model.embedding.weight, std=0.4)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_generation_in_a_graph_is_the_loop(batch: int, dtype: torch.dtype) -> None:
+    model = model_of().to(dtype)
+    prompt = torch.randint(0, 37, (batch, 6))
+    for stop in ([], [0, 1, 2]):
+        options: dict[str, Any] = {"stop_tokens": stop, "seed": 0}
+        want = generate(model, prompt, 40, engine="loop", **options)
+        got = generate(model, prompt, 40, engine="graph", **options)
+        assert got.tokens.tolist() == want.tokens.tolist()
+        torch.testing.assert_close(got.context, want.context, rtol=1e-3, atol=1e-4)
+        graph = list(engine._graphs[model].values())[-1]
+        # two states in each of two layers, unless rows that have ended keep theirs
+        states = {id(t) for block in graph.carry.context.state.blocks for t in block}
+        given = [list(engine.tensors(graph.carry))[i] for i in graph.trace.spent]
+        assert len(states & {id(t) for t in given}) == (0 if stop else 4)
+
+
+class Twice(nn.Module):
+    """A layer that uses its state twice: what a step leaves may not stand where it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixer = Mamba(16, 16, device="cuda")
+
+    def init_state(self, batch_shape: Any = ()) -> Any:
+        return self.mixer.init_state(batch_shape)
+
+    def prefill(self, u: Tensor, state: Any = None, **options: Any) -> Any:
+        return self.mixer.prefill(u, state)
+
+    def step(self, u_t: Tensor, state: Any, **options: Any) -> Any:
+        first, new = self.mixer.step(u_t, state)
+        second, _ = self.mixer.step(first.tanh(), state)
+        return torch.tanh(first + second), new
+
+
+def test_a_state_that_is_used_twice_is_not_given_away() -> None:
+    model = Twice().eval()
+    u = normal(2, 5, 16, dtype=torch.float32)
+    with torch.no_grad():
+        want, end = rollout(model, u, 20, engine="loop")
+        got, last = rollout(model, u, 20, engine="graph")
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(last, end, rtol=1e-3, atol=1e-4)
