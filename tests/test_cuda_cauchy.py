@@ -205,14 +205,14 @@ def test_gradients_of_the_operator_are_those_of_the_whole_matrix() -> None:
 
 
 def test_memory_of_sums_and_gradients() -> None:
-    """Beside the inputs: r, its gradient, and a part of them for the sums of tiles."""
+    """Beside the inputs: r, its gradient in two forms, and a little for the sums of tiles."""
     inputs = tuple(t.requires_grad_() for t in problem(1, 64, states=64))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     r = ops.cauchy(torch.complex(*inputs[:2])[0], torch.complex(*inputs[2:4]), inputs[4], 16384)
     torch.autograd.grad(torch.view_as_real(r), inputs, torch.view_as_real(r.detach()))
-    assert torch.cuda.max_memory_allocated() - before < 3 * r.nbytes
+    assert torch.cuda.max_memory_allocated() - before < 3.25 * r.nbytes
 
 
 def test_capture_in_a_graph() -> None:

@@ -95,10 +95,10 @@ def s4d_scan_backward(
     """Leaf: the gradients of u, a, v, and D (empty where absent)."""
     if reverse:
         reset = None if reset is None else reset.flip(-1)
-        du, *rest = s4d_scan_backward(
+        du, da, dv, dD = s4d_scan_backward(
             kept, grad_y.flip(-2), grad_last, u.flip(-2), a, v, D, lengths, reset
         )
-        return du.flip(-2), *rest
+        return du.flip(-2), da, dv, dD
     p = _Problem(u, a, lengths)
     x, g = p.cut(u), p.cut(grad_y)
     flags = None if reset is None else p.cut(reset)

@@ -243,7 +243,9 @@ def launch(p: Problem, step: str) -> Launch | None:
         units = rows * number * groups
         blocks = -(-units // WARPS)
     alike = rows // math.prod(p.parameters[:-2])
-    sizes = (length, channels, states, inner, alike, units, groups, each, number, sign * channels, wide)
+    sizes = (
+        length, channels, states, inner, alike, units, groups, each, number, sign * channels, wide,
+    )  # fmt: skip
     return Launch(kernel(x), blocks, shared_bytes(x), sequences, reset, sizes)
 
 
