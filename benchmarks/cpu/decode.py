@@ -3,7 +3,8 @@
 
     python -m benchmarks.cpu decode
 
-"its matrix products" are those of the language model alone, on one row.
+"its matrix products" are those of the language model alone, on one row. `generate` replays the
+step's operators; "in a plain loop" is the same call with ``engine="loop"``.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ def cell_step(kind: Any, width: int, batch: int) -> Way:
     return Way(run)
 
 
-def ours(batch: int, tokens: int) -> Way:
+def ours(batch: int, tokens: int, engine: str = "auto") -> Way:
     torch.manual_seed(0)
     model = LRNNLMHeadModel(
         WIDTH, STATES, LAYERS_OF_MODEL, VOCABULARY, ["mamba"], {}, 0, pad_vocab_size_multiple=1
     ).eval()
     ids = torch.zeros(batch, 1, dtype=torch.int64)
-    return Way(lambda: generate(model, ids, tokens, temperature=0.0))
+    return Way(lambda: generate(model, ids, tokens, temperature=0.0, engine=engine))
 
 
 def transformers(batch: int, tokens: int) -> Way:
@@ -123,6 +124,7 @@ def measure(session: Session) -> None:
             (0.0, None),
             {
                 OURS: lambda n=batch: ours(n, tokens),
+                "in a plain loop": lambda n=batch: ours(n, tokens, "loop"),
                 PLAIN: lambda n=batch: in_plain_torch(ours(n, tokens)),
                 "its matrix products": lambda n=batch: products(n, tokens),
                 "transformers generate": lambda n=batch: transformers(n, tokens),

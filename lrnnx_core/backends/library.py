@@ -71,6 +71,12 @@ def default(name: str) -> Callable[..., Any]:
     return _DEFAULTS[name]
 
 
+def kernel(name: str, device: str) -> Callable[..., Any] | None:
+    """Return the newest kernel of a leaf operator on a device, None without one."""
+    kernels = _KERNELS.get((name, device))
+    return kernels[-1] if kernels else None
+
+
 def _register(name: str, device: str) -> None:
     plain, kernels = _DEFAULTS[name], _KERNELS.setdefault((name, device), [])
 

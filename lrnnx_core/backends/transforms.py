@@ -64,6 +64,21 @@ _modes = torch._C._len_torch_dispatch_stack  # pyright: ignore[reportPrivateUsag
 _profiling = torch._C._autograd._profiler_enabled  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
 
 
+def is_operator(func: Any) -> bool:
+    """Return whether what a dispatch mode sees is an operator, and none of a higher order."""
+    return isinstance(func, torch._ops.OpOverload)  # pyright: ignore[reportPrivateUsage]
+
+
+def written_arguments(operator: Any) -> list[tuple[int, str]]:
+    """Return the places and names of the arguments that an operator writes to."""
+    arguments = operator._schema.arguments
+    return [
+        (place, argument.name)
+        for place, argument in enumerate(arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
 def hooked(module: Any) -> bool:
     """Return whether a call of this nn.Module does more than to run its class's ``forward``."""
     own = module.__dict__

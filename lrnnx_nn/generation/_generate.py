@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from lrnnx_nn.architectures._tokens import trusted
 from lrnnx_nn.generation import engine as engines
 from lrnnx_nn.generation._context import Context
 from lrnnx_nn.generation._prompt import Prompt, prompt_of
@@ -136,9 +137,10 @@ def generate(
         prefill_chunk: read prompts in parts of this many tokens, so that memory does not grow with
             their length; None for at once.
         pad_token: stands behind the end of rows.
-        engine: ``auto`` captures the step in a CUDA graph on a CUDA device and repeats it in a
-            plain loop elsewhere, or where it cannot be captured (a warning says why, once);
-            ``loop`` and ``graph`` insist.
+        engine: ``auto`` captures the step in a CUDA graph on a CUDA device, and in a plan (the
+            operators that it calls, without the Python around them) on a CPU where there are
+            enough tokens, and repeats it in a plain loop elsewhere, or where it cannot be captured;
+            on a CUDA device a warning says why, once. ``loop``, ``graph`` and ``replay`` insist.
 
     Raises:
         ValueError: an empty prompt without a context, ids outside the vocabulary, an option out of
@@ -229,7 +231,8 @@ def _next(model: Any, sampling: Sampling, pad_token: int, carry: _Carry) -> _Car
     wide = before.logits.to(_wide(before.logits))
     chosen = torch.log_softmax(wide, -1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
     if not len(carry.stop):
-        logits, state = model.step(token, before.state)
+        with trusted:
+            logits, state = model.step(token, before.state)
         seen = before.seen.scatter(-1, token.unsqueeze(-1), True)
         after = Context(state, logits, seen, before.drawn + 1)
         return carry._replace(context=after, token=token, log_probability=chosen)
@@ -247,7 +250,8 @@ def _next(model: Any, sampling: Sampling, pad_token: int, carry: _Carry) -> _Car
 
 def _read(model: Any, token: Tensor, before: Context, active: Tensor) -> tuple[Tensor, Any]:
     """Let the model read a token in the rows that go on; the others' states stay."""
-    logits, state = model.step(token, before.state)
+    with trusted:
+        logits, state = model.step(token, before.state)
     if same_layout(state, before.state):
         return logits, keep_rows(active, state, before.state)
     if bool(active.all()):

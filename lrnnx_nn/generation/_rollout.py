@@ -48,10 +48,11 @@ def rollout(
             steps is 0.
         feedback: maps an output y_t (..., H_out) to the next input (..., H), or (...) tokens; it
             may draw samples, or bring what is known of the future. By default the output itself.
-        engine: ``auto`` captures the step in a CUDA graph on a CUDA device, without gradients, in
-            evaluation and without a ``feedback``, which may be any Python; else, and where the
-            state grows, it is a plain loop. ``loop`` insists on that, and ``graph`` on a graph,
-            which repeats what a ``feedback`` did the first time.
+        engine: ``auto`` captures the step in a CUDA graph on a CUDA device, and in a plan on a CPU,
+            without gradients, in evaluation and without a ``feedback``, which may be any Python;
+            else, where the state grows, and on a CPU with ``integration_timesteps``, whose values
+            are looked at, it is a plain loop. ``loop`` insists on that, ``graph`` and ``replay`` on
+            the others, which repeat what a ``feedback`` did the first time.
 
     Returns:
         The outputs (..., steps, H_out), before ``feedback``, and the state after the samples read:
@@ -59,7 +60,7 @@ def rollout(
 
     Raises:
         ValueError: an empty prompt, shapes that do not fit, steps < 0, outputs of another width
-            than inputs without a ``feedback``, ``engine="graph"`` where there can be none.
+            than inputs without a ``feedback``, ``graph`` or ``replay`` where there can be none.
     """
     tokens = not prompt.is_floating_point()
     axis = prompt.ndim - (1 if tokens else 2)
@@ -116,8 +117,10 @@ def _engine(engine: str, model: Any, feedback: Feedback | None) -> str:
     if engine == "auto":
         recorded = torch.is_grad_enabled() or transform_active()
         return "loop" if recorded or feedback or getattr(model, "training", False) else "auto"
-    if engine == "graph" and (torch.is_grad_enabled() or transform_active()):
-        raise ValueError('rollout: engine = "graph" with gradients or a transform, expected none')
+    if engine in ("graph", "replay") and (torch.is_grad_enabled() or transform_active()):
+        raise ValueError(
+            f'rollout: engine = "{engine}" with gradients or a transform, expected none'
+        )
     return engine
 
 
