@@ -13,7 +13,10 @@
 // Launch. A team of WARPS warps keeps a row in registers: ITEMS groups of WIDTH neighbours a thread,
 // 32 * WARPS * ITEMS * WIDTH >= H. ALIGNED: H is a multiple of WIDTH and every address of 16 bytes. A
 // block has TEAMS teams. Forward: grid ceil(rows / TEAMS). Backward: `blocks` blocks a group, whose
-// teams take the group's rows in turn. The order of a row's sums depends on dtype and H alone.
+// teams take the group's rows in turn. The order of a row's sums is: the neighbours of a group, the groups
+// of a lane in the order of the row, if ITEMS or WARPS is 1, else first those of a thread, then over the
+// lanes. Forward: one warp a row or a warp for every group of lanes give the same bits. The rest depends
+// on dtype and H alone. Forward overlaps the kernel before.
 #include "memory.cuh"
 #include "numbers.cuh"
 
@@ -66,28 +69,31 @@ __device__ __forceinline__ void write(T* p, int count, const Group& v) {
     }
 }
 
-// Add up each x over the team; all its threads get the sums. All threads of the block come here, and
-// `side` says which half of the slots is free, so that one barrier a call is enough.
+// Add up each x over the team; all its threads get the sums, over warps first. All threads of the block
+// come here, and `side` says which half of the slots is free, so that one barrier a call is enough.
 template <int N>
-__device__ __forceinline__ void total(State (&x)[N], State (*slots)[TEAMS][WARPS][2], int& side) {
+using Slots = State[2][TEAMS][WARPS][N][WARPS > 1 ? 32 : 1];
+
+template <int N>
+__device__ __forceinline__ void total(State (&x)[N], Slots<N>& slots, int& side) {
+    if constexpr (WARPS > 1) {
+        const int team = threadIdx.x / SPAN, warp = threadIdx.x % SPAN / 32, lane = threadIdx.x % 32;
+        auto& mine = slots[side][team];
+        side ^= 1;
+#pragma unroll
+        for (int i = 0; i < N; ++i) mine[warp][i][lane] = x[i];
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            x[i] = mine[0][i][lane];
+#pragma unroll
+            for (int w = 1; w < WARPS; ++w) x[i] = add(x[i], mine[w][i][lane]);
+        }
+    }
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2)
 #pragma unroll
         for (int i = 0; i < N; ++i) x[i] = add(x[i], __shfl_xor_sync(~0u, x[i], mask));
-    if constexpr (WARPS > 1) {
-        const int team = threadIdx.x / SPAN, warp = threadIdx.x % SPAN / 32;
-        State(&mine)[WARPS][2] = slots[side][team];
-        side ^= 1;
-        if (threadIdx.x % 32 == 0)
-#pragma unroll
-            for (int i = 0; i < N; ++i) mine[warp][i] = x[i];
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-            x[i] = mine[0][i];
-            for (int w = 1; w < WARPS; ++w) x[i] = add(x[i], mine[w][i]);
-        }
-    }
 }
 
 #ifdef FORWARD
@@ -106,14 +112,16 @@ static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the launcher packs another l
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     add_norm(const __grid_constant__ Arguments p) {
-    __shared__ State slots[2][TEAMS][WARPS][2];
+    __shared__ Slots<1> slots;
     int side = 0;
     const int lane = threadIdx.x % SPAN;
     const long long row = (long long)blockIdx.x * TEAMS + threadIdx.x / SPAN;
     const bool there = row < p.rows;
     const int channels = int(p.channels), wide = there ? channels : 0;
     const long long at = (there ? row : 0) * p.channels;
-    Group s[ITEMS];
+    const long long own = (there ? row / p.each : 0) * p.channels;
+    overlap_previous();
+    Group s[ITEMS], w[ITEMS], b[ITEMS];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
         const int c = (i * SPAN + lane) * WIDTH;
@@ -122,12 +130,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int v = 0; v < WIDTH; ++v) s[i][v] = State(0);
     }
+    const auto weights = [&](int i) {
+        const int c = (i * SPAN + lane) * WIDTH;
+        if (c >= wide) return;
+        if (AFFINE > 0) read(p.weight + own + c, wide - c, w[i]);
+        if (AFFINE > 1) read(p.bias + own + c, wide - c, b[i]);
+    };
+    if (ITEMS == 1) weights(0);  // few rows: they have far to come
     if (p.branch != nullptr) {
-        Group b[ITEMS];
+        Group added[ITEMS];
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
             const int c = (i * SPAN + lane) * WIDTH;
-            if (c < wide) read(p.branch + at + c, wide - c, b[i]);
+            if (c < wide) read(p.branch + at + c, wide - c, added[i]);
         }
 #pragma unroll
         for (int i = 0; i < ITEMS; ++i) {
@@ -136,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int v = 0; v < WIDTH; ++v)  // the norm is that of the sum as it is kept
                 s[i][v] = State(widen(narrow<Stream>(add(
-                    s[i][v], State(widen(narrow<Stream>(b[i][v])))))));
+                    s[i][v], State(widen(narrow<Stream>(added[i][v])))))));
             write(p.sum + at + c, wide - c, s[i]);
         }
     }
@@ -144,9 +159,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #if LAYER
     State first[1] = {State(0)};
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i)
+    for (int i = 0; i < ITEMS; ++i) {
+        State part = State(0);
 #pragma unroll
-        for (int v = 0; v < WIDTH; ++v) first[0] = add(first[0], s[i][v]);
+        for (int v = 0; v < WIDTH; ++v) part = add(part, s[i][v]);
+        first[0] = i == 0 ? part : add(first[0], part);
+    }
     total(first, slots, side);
     mean = mul(first[0], State(p.inverse));
 #endif
@@ -154,11 +172,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
         const int c = (i * SPAN + lane) * WIDTH;
+        State part = State(0);
 #pragma unroll
         for (int v = 0; v < WIDTH; ++v) {
             const State d = c + v < wide ? add(s[i][v], -mean) : State(0);
-            squares[0] = fma(d, d, squares[0]);
+            part = fma(d, d, part);
         }
+        squares[0] = i == 0 ? part : add(squares[0], part);
     }
     total(squares, slots, side);
     const State scale = inverse_root(fma(squares[0], State(p.inverse), State(p.eps)));
@@ -166,19 +186,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         p.stats[row * (1 + LAYER)] = scale;
         if (LAYER) p.stats[row * (1 + LAYER) + LAYER] = mean;
     }
-    const long long own = (there ? row / p.each : 0) * p.channels;
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
         const int c = (i * SPAN + lane) * WIDTH;
+        if (ITEMS > 1) weights(i);
         if (c >= wide) continue;
-        Group w, b;
-        if (AFFINE > 0) read(p.weight + own + c, wide - c, w);
-        if (AFFINE > 1) read(p.bias + own + c, wide - c, b);
 #pragma unroll
         for (int v = 0; v < WIDTH; ++v) {
             State y = mul(add(s[i][v], -mean), scale);
-            if (AFFINE == 1) y = mul(y, w[v]);
-            if (AFFINE == 2) y = fma(y, w[v], b[v]);
+            if (AFFINE == 1) y = mul(y, w[i][v]);
+            if (AFFINE == 2) y = fma(y, w[i][v], b[i][v]);
             s[i][v] = y;
         }
         write(p.out + at + c, wide - c, s[i]);
@@ -225,7 +242,7 @@ __device__ __forceinline__ void gather(Group (&sums)[ITEMS]) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     add_norm_backward(const __grid_constant__ Arguments p) {
-    __shared__ State slots[2][TEAMS][WARPS][2];
+    __shared__ Slots<1 + LAYER> slots;
     int side = 0;
     const int team = threadIdx.x / SPAN, lane = threadIdx.x % SPAN;
     const long long group = blockIdx.x / p.blocks, block = blockIdx.x - group * p.blocks;

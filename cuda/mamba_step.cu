@@ -14,7 +14,8 @@
 // lanes from the far ones to the near; ROWS and the block change no bit.
 //
 // Compiled for DTYPE, TAPS, SCHEME and SPLIT (discretize.cuh), VECTOR, LANES, ROWS, RANK_VECTOR, LOOP
-// (more than one piece of VECTOR states a lane), RANK_UNROLL, THREADS and BLOCKS.
+// (more than one piece of VECTOR states a lane), RANK_UNROLL, THREADS, BLOCKS and PREFETCH (0: no weights
+// are asked for ahead). Overlaps the kernel before.
 #include "mamba_step.cuh"
 #include "discretize.cuh"
 
@@ -72,6 +73,7 @@ struct Numbers {  // VECTOR neighbouring states of ROWS rows
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     mamba_step(const __grid_constant__ Arguments p) {
+    let_next_begin();
     const int lane = threadIdx.x % LANES, mine = lane / SHARE;
     const long long tile = blockIdx.x / unsigned(p.tiles), row = tile * ROWS;
     const long long found = (blockIdx.x - tile * p.tiles) * (THREADS / LANES) + threadIdx.x / LANES;
@@ -79,6 +81,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const long long channel = live ? found : p.channels - 1;
     const int rows = p.batch - row < ROWS ? int(p.batch - row) : ROWS;
     const long long my_row = row + (mine < rows ? mine : 0);
+
+    // Weights for the L2 cache, while the first kernel still runs.
+    if (PREFETCH > 0 && row == 0) {
+        const long long thread = blockIdx.x * THREADS + threadIdx.x;
+        const long long threads = p.tiles * THREADS;
+        ask_for(p.dt_proj, p.channels * p.rank * sizeof(T), thread, threads);
+        ask_for(p.A, p.channels * p.states * sizeof(State), thread, threads);
+    }
+    await_previous();
 
     // Everything that is read from far away is asked for first.
     const State* A = p.A + channel * p.states;

@@ -56,6 +56,7 @@ __device__ __forceinline__ long long within(long long i, long long size) {
 #if ENTRY == 0
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     diagonal_drive(const __grid_constant__ Arguments p) {
+    overlap_previous();
     constexpr int N = 2 * ROWS * COLUMNS;
     const Task task(p.states);
     if (task.column >= p.states) return;
@@ -119,6 +120,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 #if ENTRY == 1
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     diagonal_read(const __grid_constant__ Arguments p) {
+    overlap_previous();
     constexpr int N = ROWS * COLUMNS;
     const Task task(p.outputs);
     if (task.column >= p.outputs) return;

@@ -41,6 +41,7 @@ static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the launcher packs another l
 #if ENTRY == 0
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     griffin_taps(const __grid_constant__ Arguments p) {
+    overlap_previous();
     const long long place = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (place >= p.rows * p.width) return;
     const long long row = place / p.width, e = place % p.width;
@@ -86,6 +87,7 @@ __device__ __forceinline__ void advance(const Arguments& p, long long row, long 
 #if ENTRY == 1
 extern "C" __global__ void __launch_bounds__(THREADS)
     griffin_gates(const __grid_constant__ Arguments p) {
+    overlap_previous();
     alignas(16) __shared__ R seen[PIECE][ROWS];
     __shared__ R sums[PARTS][2 * ROWS][TILE];
     const long long in_head = (p.block + TILE - 1) / TILE, tiles = p.width / p.block * in_head;
@@ -147,6 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #if ENTRY == 2
 extern "C" __global__ void __launch_bounds__(THREADS)
     griffin_close(const __grid_constant__ Arguments p) {
+    overlap_previous();
     const long long place = (long long)blockIdx.x * THREADS + threadIdx.x;
     if (place < p.rows * p.width)
         advance(p, place / p.width, place % p.width,

@@ -24,6 +24,7 @@ static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the launcher packs another l
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     rms_norm(const __grid_constant__ Arguments p) {
+    overlap_previous();
     using Numbers = Pack<T, VECTOR>;
     const long long row = (long long)blockIdx.x * TOGETHER + threadIdx.x / LANES;
     if (row >= p.rows) return;

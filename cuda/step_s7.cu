@@ -29,6 +29,7 @@ extern __shared__ double scratch[];
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     s7_step(const __grid_constant__ Arguments p) {
+    overlap_previous();
     R *after = reinterpret_cast<R*>(scratch), *sums = after + p.states;
     const long long row = blockIdx.x, N = p.states, H = p.width;
     const T* v = p.v + row * p.v_row;

@@ -53,6 +53,7 @@ __device__ __forceinline__ R read_out(R re, R im, Complex<R> h, R sum) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 4)
     siso_step(const __grid_constant__ Arguments p) {
+    overlap_previous();
     constexpr int GROUPS = THREADS / LANES;
     using States = Pack<S, VECTOR>;
     using Reals = Pack<R, VECTOR>;

@@ -42,6 +42,7 @@ extern __shared__ double scratch[];
 #if ENTRY == 0
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     ssd_update(const __grid_constant__ Arguments p) {
+    overlap_previous();
     const long long width = p.heads * p.size, each = p.groups * p.states, mixed = width + 2 * each;
     const long long pieces = p.size / p.piece;
     const long long head = blockIdx.x / pieces % p.heads, row = blockIdx.x / pieces / p.heads;
@@ -115,6 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #if ENTRY == 1
 extern "C" __global__ void __launch_bounds__(THREADS)
     ssd_close(const __grid_constant__ Arguments p) {
+    overlap_previous();
     const long long width = p.heads * p.size, mixed = width + 2 * p.groups * p.states;
     const long long row = blockIdx.x / p.groups, group = blockIdx.x % p.groups;
     const long long size = width / p.groups, start = group * size;

@@ -61,12 +61,12 @@ MAY_SPILL: dict[tuple[str, int], int] = {
     ("selective_scan_backward float32 zoh x2 n4 lanes 4", 100): 12,
     ("selective_scan_backward float32 zoh x2 n4 lanes 4", 120): 4,
     ("selective_scan_backward float32 complex64 zoh no softplus no gate n2 lanes 8", 120): 4,
-    ("mamba_step_mixed bfloat16 outputs 1 rows 1", 120): 4,
-    ("mamba_step bfloat16 zoh lanes 4 rows 4", 100): 4,
+    ("mamba_step_mixed bfloat16 outputs 1 rows 1", 100): 16,
+    ("mamba_step_mixed bfloat16 outputs 16 rows 2", 100): 8,
+    ("mamba_step_mixed bfloat16 outputs 16 rows 2", 120): 8,
     ("mamba_step bfloat16 zoh lanes 4 rows 4", 120): 12,
-    ("linear_step bfloat16 group 32 outputs 1 rows 8", 100): 8,
-    ("add_norm float64", 120): 8,
-    ("add_norm float64 mean", 120): 8,
+    ("linear_step float64 group 128 outputs 1 rows 1", 120): 8,
+    ("add_norm float64", 90): 8,
 }
 """(what `label` returns, architecture) -> bytes of spill stores that are accepted.
 
@@ -165,6 +165,7 @@ WORDS = {
     "STATE_WIDTH": ("", "h{}"),
     "MATRIX_WIDTH": ("", "m{}"),
     "LAYER": ("0", "mean"),
+    "SPREAD": ("0", "few rows"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import re
@@ -360,3 +361,66 @@ def test_one_kernel_that_cannot_be_compiled_ends_the_warm_up(
     with pytest.raises(cuda.CudaBackendError, match=r"NVRTC refused a kernel .* error: no"):
         cuda.warm_up(0)
     assert len(tried) < len(cuda.listed(0))
+
+
+# ------------------------------------------------------------------------------ overlapping
+
+
+def test_launch_structures_are_laid_out_as_the_driver_reads_them() -> None:
+    config, attribute = cuda._Config, cuda._Attribute
+    assert (ctypes.sizeof(config), ctypes.sizeof(attribute)) == (56, 72)
+    places = [getattr(config, name).offset for name, _ in config._fields_]
+    assert places == [0, 4, 8, 12, 16, 20, 24, 32, 40, 48]
+    assert attribute.value.offset == 8
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_kernel_that_overlaps_says_so_to_the_driver(
+    on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = cuda.Kernel("f.cu", "f", {}, "qd", overlaps=True)
+    kernel._functions[0] = 1234
+    kernel._overlapping.add(0)
+    kernel._local.devices.add(0)
+    ordinary: list[tuple[int, ...]] = []
+    seen: list[tuple[Any, ...]] = []
+
+    def launch(config: int, function: int, parameters: int, extra: None) -> int:
+        c = cuda._Config.from_address(config)
+        packed = ctypes.c_void_p.from_address(parameters).value
+        assert packed is not None
+        seen.append((
+            (c.blocks, c.blocks_y, c.blocks_z, c.threads, c.threads_y, c.threads_z, c.shared),
+            c.stream, c.count, c.attributes[0].id, c.attributes[0].value[0] & 0xFFFFFFFF, function,
+            struct.unpack("qd", ctypes.string_at(packed, 16)),
+        ))  # fmt: skip
+        return 0
+
+    monkeypatch.setattr(cuda, "OVERLAP", on)
+    monkeypatch.setattr(cuda, "_driver", lambda: launch)
+    monkeypatch.setattr(cuda, "_launch_kernel", lambda *given: ordinary.append(given))
+    monkeypatch.setattr(cuda, "current_stream_handle", lambda device: 77)
+    for blocks in (9, 5):
+        kernel.launch(0, blocks, 64, 32, blocks, 2.5)
+    assert len(ordinary) == (0 if on else 2)
+    assert seen == [
+        ((blocks, 1, 1, 64, 1, 1, 32), 77, 1, 6, 1, 1234, (blocks, 2.5))
+        for blocks in ((9, 5) if on else ())
+    ]
+    with pytest.raises(ValueError, match="CUDA allows"):
+        kernel.launch(0, 2**31, 64, 32, 1, 2.5)
+
+
+def test_every_kernel_that_overlaps_waits_and_no_other_does() -> None:
+    def waits(file: str) -> set[str]:
+        """Return the entry points in which something waits for the kernel before."""
+        text = (cuda.source_dir() / file).read_text()
+        heads = list(re.finditer(r"(\w+)\(const __grid_constant__ Arguments p\) \{", text))
+        ends = [head.start() for head in heads[1:]] + [len(text)]
+        wait = re.compile(r"^    (overlap|await)_previous\(\);$", re.MULTILINE)
+        return {h[1] for h, end in zip(heads, ends, strict=True) if wait.search(text, h.end(), end)}
+
+    kernels = {k for found in cuda.KERNELS.values() for k in found(H100)}
+    assert {k.entry for k in kernels if k.overlaps} >= {"linear_step", "mamba_step", "add_norm"}
+    for kernel in kernels:
+        assert kernel.overlaps == (kernel.entry in waits(kernel.file)), kernel

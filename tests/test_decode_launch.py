@@ -59,7 +59,7 @@ def test_what_a_small_language_model_launches_is_listed(launches: list[Any]) -> 
         y, tail, new = mamba_step(*arguments)
         assert (y.shape, y.dtype) == ((batch, 1536), BF16)
         assert (tail.dtype, new.dtype) == (BF16, torch.float32)
-    for rows in (1, 8):
+    for rows in (1, 4):
         for inputs, outputs in ((768, 3072), (1536, 768)):
             x, weight = torch.zeros(rows, inputs), torch.zeros(outputs, inputs)
             assert linear_step(x.to(BF16), weight.to(BF16), None).shape == (rows, outputs)

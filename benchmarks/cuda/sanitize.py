@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 FILTERS = (
     "linear_scan", "selective_", "causal_conv1d", "rg_lru", "sum_partials", "diagonal_", "s4d_",
     "feedthrough_", "add_norm", "linear_step", "mamba_step", "vandermonde", "cauchy",
-    "siso_step", "griffin_", "ssd_", "s7_step", "rms_norm",
+    "siso_step", "griffin_", "ssd_", "s7_step", "rms_norm", "argmax",
 )  # fmt: skip
 """Parts of the names of all kernels: torch's own are not checked, which would take minutes."""
 
@@ -111,6 +111,7 @@ FAULTS = {
         Fault("step_s7.cu", "p.y[row * H + i] =", "p.y[row * H + i + 1] =", ("s7_step",)),
         Fault("step_norm.cu", "numbers.store(y + k)", "numbers.store(y + k + p.width)",
               ("rms_norm",)),
+        Fault("argmax.cu", "p.index[blockIdx.x]", "p.index[blockIdx.x + 1]", ("argmax",)),
         Fault("linear_step.cu", "p.y[r * p.outputs + first + o] =",
               "p.y[r * p.outputs + first + o + 1] =", ("linear_step",)),
         Fault("mamba_step.cu", "p.y[my_row * p.channels + channel] =",
@@ -145,11 +146,12 @@ FAULTS = {
         missing_barrier("step_ssd.cu", AFTER_WARPS, "ssd_close"),
         missing_barrier("step_norm.cu", AFTER_WARPS, "rms_norm"),
         missing_barrier("step_s7.cu", "half /= 2) {\n            __syncthreads();", "s7_step"),
+        missing_barrier("argmax.cu", "= best.index;\n    __syncthreads();", "argmax"),
         missing_barrier("linear_step.cu", "sum[o][r];\n        }\n        __syncthreads();",
                         "linear_step"),
         missing_barrier("mamba_step_mixed.cu", "lane / SHARE] = sum[0];\n    __syncthreads();",
                         "mamba_step_mixed"),
-        missing_barrier("add_norm.cu", "mine[warp][i] = x[i];\n        __syncthreads();",
+        missing_barrier("add_norm.cu", "mine[warp][i][lane] = x[i];\n        __syncthreads();",
                         "add_norm", "add_norm_backward"),
         missing_barrier("linear_scan.cu", AFTER_MAPS, "linear_scan", "linear_scan_backward"),
         missing_barrier("rg_lru.cu", AFTER_MAPS, "rg_lru", "rg_lru_backward"),
@@ -474,6 +476,17 @@ def selective_step(number: Numbers, planted: bool) -> None:
         kernels.selective_scan(u, *rest, False)
 
 
+def argmax(number: Numbers, planted: bool) -> None:
+    """Rows of whole pieces and of single numbers, several rounds and a part of one."""
+    import torch
+
+    from lrnnx_core.backends import cuda_argmax as kernels
+
+    for dtype in (torch.bfloat16, torch.float64)[: 1 if planted else None]:
+        for count in (4096, 70_001)[: 1 if planted else None]:
+            kernels.argmax(number(3, count, dtype=dtype))
+
+
 def linear_step(number: Numbers, planted: bool) -> None:
     """Groups of a part of a warp, of one and of several; tails of rows, outputs and pieces."""
     import torch
@@ -482,7 +495,7 @@ def linear_step(number: Numbers, planted: bool) -> None:
 
     dtypes = (torch.bfloat16, torch.float32, torch.float64)
     for dtype in dtypes[: 1 if planted else None]:
-        for rows, inputs, outputs in ((3, 1544, 37), (1, 40, 301), (8, 31, 5))[
+        for rows, inputs, outputs in ((3, 1544, 37), (1, 40, 301), (4, 31, 5))[
             : 1 if planted else None
         ]:
             x, weight = number(rows, inputs, dtype=dtype), number(outputs, inputs, dtype=dtype)
@@ -499,15 +512,17 @@ def mamba_step(number: Numbers, planted: bool) -> None:
     for dtype, rich in itertools.product(dtypes[: 1 if planted else None], (True, False)):
         wide = torch.promote_types(dtype, torch.float32)
         for batch, E, N, R in ((5, 72, 16, 4), (1, 37, 5, 3), (3, 264, 70, 8)):
-            kernels.mamba_step(
-                number(batch, 2 * E, dtype=dtype, low=-1.0), number(batch, 3, E, dtype=dtype),
-                number(batch, E, N, dtype=wide), number(E, 1, 4, dtype=dtype),
-                number(E, dtype=dtype) if rich else None, number(R + 2 * N, E, dtype=dtype),
-                number(E, R, dtype=dtype), number(E, dtype=wide), -number(E, N, dtype=wide),
-                number(E, dtype=wide), number(E, dtype=wide) if rich else None,
-                number(batch, dtype=wide) if rich else None, None, None, None, 1.0, False, rich,
-                "zoh" if rich else "mamba",
-            )  # fmt: skip
+            least = 0 if batch > 1 else kernels.ROWS_BLOCKS  # several rows a thread
+            with mock.patch.object(kernels, "ROWS_BLOCKS", least):
+                kernels.mamba_step(
+                    number(batch, 2 * E, dtype=dtype, low=-1.0), number(batch, 3, E, dtype=dtype),
+                    number(batch, E, N, dtype=wide), number(E, 1, 4, dtype=dtype),
+                    number(E, dtype=dtype) if rich else None, number(R + 2 * N, E, dtype=dtype),
+                    number(E, R, dtype=dtype), number(E, dtype=wide), -number(E, N, dtype=wide),
+                    number(E, dtype=wide), number(E, dtype=wide) if rich else None,
+                    number(batch, dtype=wide) if rich else None, None, None, None, 1.0, False, rich,
+                    "zoh" if rich else "mamba",
+                )  # fmt: skip
 
 
 def single_steps(number: Numbers, planted: bool) -> None:
@@ -590,7 +605,7 @@ def add_norm(number: Numbers, planted: bool) -> None:
 
 
 OPERATORS = (
-    add_norm, linear_step, mamba_step, single_steps,
+    add_norm, argmax, linear_step, mamba_step, single_steps,
     linear_scan, causal_conv1d, rg_lru_scan, diagonal_scan, projected_scan, s4d_scan,
     selective_scan, selective_step, vandermonde, cauchy,
 )  # fmt: skip

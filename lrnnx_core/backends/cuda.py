@@ -44,6 +44,9 @@ NAMES = {
 }
 """How numbers.cuh calls each dtype."""
 MOST_COMPILERS = 16  # threads of `warm_up`
+OVERLAP = os.environ.get("LRNNX_CUDA_OVERLAP") != "0"
+"""Whether a `Kernel` that ``overlaps`` may begin while the one before it still runs."""
+OVERLAP_CAPABILITY, OVERLAP_DRIVER = (9, 0), 12_030
 
 
 class CudaBackendError(RuntimeError):
@@ -112,6 +115,9 @@ class Kernel:
         layout: the fields of ``Arguments`` in the language of `struct`, native alignment: ``P``
             pointer, ``q`` long long, ``i`` int, ``f`` float, ``d`` double.
         shared: the most dynamic shared memory a launch asks for, in bytes.
+        overlaps: whether a launch may begin while the kernel before it on the stream still runs:
+            the source waits for that itself (``await_previous`` in memory.cuh). It does on devices
+            of compute capability 9.0 and above, unless LRNNX_CUDA_OVERLAP=0 is set.
     """
 
     def __init__(
@@ -121,8 +127,11 @@ class Kernel:
         definitions: Mapping[str, object],
         layout: str,
         shared: int = 0,
+        *,
+        overlaps: bool = False,
     ) -> None:
         self.file, self.entry, self.shared = file, entry, shared
+        self.overlaps = overlaps
         self._struct = struct.Struct("@" + layout + "0P")
         self.options = (
             "-std=c++17",
@@ -130,6 +139,7 @@ class Kernel:
             f"-DARGUMENT_BYTES={self._struct.size}",
         )
         self._functions: dict[int, int] = {}
+        self._overlapping: set[int] = set()  # devices
         self._modules: list[Any] = []
         self._loading = threading.Lock()
         self._local = _Frame(self._struct.size)
@@ -162,6 +172,10 @@ class Kernel:
         if blocks > LARGEST_GRID:
             raise ValueError(f"{self.entry}: {blocks} blocks, CUDA allows {LARGEST_GRID}")
         self._struct.pack_into(frame.buffer, 0, *values)
+        if OVERLAP and device in self._overlapping:
+            stream = current_stream_handle(device)
+            _launch_overlapping(function, blocks, threads, shared, stream, frame)
+            return
         _launch_kernel(
             function, blocks, 1, 1, threads, 1, 1, shared, current_stream_handle(device),
             frame.parameters, 0,
@@ -185,9 +199,32 @@ class Kernel:
                     function = module.get_function(self.entry)
                     if self.shared:
                         function.max_dynamic_shared_size_bytes = self.shared
+                    if self.overlaps and _can_overlap(device, cupy):
+                        self._overlapping.add(device)
                     self._functions[device] = function.kernel.ptr
                 self._modules.append(module)  # the function lives as long as its module
             return self._functions[device]
+
+
+class _Attribute(ctypes.Structure):
+    """``CUlaunchAttribute``; the value is a union of 64 bytes, of which an integer is the first."""
+
+    _fields_ = (("id", ctypes.c_int), ("value", ctypes.c_uint64 * 8))
+
+
+class _Config(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("blocks", "blocks_y", "blocks_z")),
+        *((name, ctypes.c_uint) for name in ("threads", "threads_y", "threads_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
 class _Frame(threading.local):
@@ -198,6 +235,11 @@ class _Frame(threading.local):
         self.buffer = ctypes.create_string_buffer(size)
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.parameters = ctypes.addressof(self._pointers)
+        self.config = _Config(0, 1, 1, 0, 1, 1, 0, None, None, 1)
+        self._attribute = _Attribute(PROGRAMMATIC_STREAM_SERIALIZATION)
+        self._attribute.value[0] = 1
+        self.config.attributes = ctypes.pointer(self._attribute)
+        self.config_at = ctypes.addressof(self.config)
 
 
 _lock = threading.RLock()
@@ -221,6 +263,34 @@ def _launch_kernel(*arguments: int) -> None:
         raise CudaBackendError(f"CuPy is missing: {pip_line()}")
     _launch_kernel = cupy.cuda.driver.launchKernel
     _launch_kernel(*arguments)
+
+
+def _launch_overlapping(
+    function: int, blocks: int, threads: int, shared: int, stream: int, frame: _Frame
+) -> None:
+    config = frame.config
+    config.blocks, config.threads, config.shared, config.stream = blocks, threads, shared, stream
+    status = _driver()(frame.config_at, function, frame.parameters, None)
+    if status:
+        raise importlib.import_module("cupy.cuda").driver.CUDADriverError(status)
+
+
+@functools.cache
+def _driver() -> Any:
+    """Return the driver's launch with attributes, which CuPy does not bind."""
+    name = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+    launch = ctypes.CDLL(name).cuLaunchKernelEx
+    launch.argtypes = [ctypes.c_void_p] * 4
+    launch.restype = ctypes.c_int
+    return launch
+
+
+def _can_overlap(device: int, cupy: Any) -> bool:
+    """Return whether the device can and the driver can capture it into a graph."""
+    return (
+        torch.cuda.get_device_capability(device) >= OVERLAP_CAPABILITY
+        and cupy.cuda.runtime.driverGetVersion() >= OVERLAP_DRIVER
+    )
 
 
 def _runtime() -> Any:

@@ -17,6 +17,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ITEMS = {"forward": 8, "backward": 4}  # groups of neighbours that a thread holds, at most
 BLOCK = {"forward": 4, "backward": 8}  # warps of a block whose rows take fewer
 MOST_WARPS = 32
+FEW = 4  # rows a multiprocessor in a forward up to which a warp has one group of each lane
 RESIDENT = 2  # blocks of a multiprocessor that walk over the rows of a backward
 LAYOUTS = {"forward": "7P3q2d", "backward": "8P4qd"}
 
@@ -57,15 +58,16 @@ class Choice(NamedTuple):
 @functools.cache
 def kernel(x: Choice) -> cuda.Kernel:
     """Return the kernel."""
-    threads = cuda.WARP * x.warps * x.teams
+    threads, overlaps = cuda.WARP * x.warps * x.teams, x.step == "forward"
     definitions = {
         "DTYPE": cuda.NAMES[x.stream], "BRANCH": cuda.NAMES[x.branch], "OUT": cuda.NAMES[x.out],
         "WEIGHT": cuda.NAMES[x.weight], "AFFINE": x.affine, "LAYER": int(x.layer),
         "ALIGNED": int(x.aligned), "WIDTH": width(x.stream), "WARPS": x.warps, "TEAMS": x.teams,
-        "ITEMS": x.items, "BLOCKS": RESIDENT if threads <= 256 else 1, x.step.upper(): 1,
+        "ITEMS": x.items, "SPREAD": int(overlaps and x.items == 1 < x.warps),
+        "BLOCKS": RESIDENT if threads <= 256 else 1, x.step.upper(): 1,
     }  # fmt: skip
     entry = "add_norm" if x.step == "forward" else "add_norm_backward"
-    return cuda.Kernel("add_norm.cu", entry, definitions, LAYOUTS[x.step])
+    return cuda.Kernel("add_norm.cu", entry, definitions, LAYOUTS[x.step], overlaps=overlaps)
 
 
 def width(stream: torch.dtype) -> int:
@@ -85,6 +87,15 @@ def share(step: str, stream: torch.dtype, layer: bool, channels: int) -> tuple[i
     return (warps, -(-groups // warps)) if warps <= MOST_WARPS else None
 
 
+def spread(warps: int, items: int, rows: int, multiprocessors: int) -> tuple[int, int]:
+    """Return the share of a forward: few rows that take a warp each get one for each group.
+
+    Both give the same bits; other shares are a function of the dtype and the length alone.
+    """
+    few = warps == 1 and rows <= FEW * multiprocessors
+    return (items, 1) if few else (warps, items)
+
+
 def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
     """Return the kernels of the pre-norm models' usual dtypes, 1024 wide."""
     wide, narrow, double = torch.float32, torch.bfloat16, torch.float64
@@ -96,6 +107,9 @@ def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
                 shared = share(step, stream, layer, 1024) or (1, 1)
                 dtypes = (stream, branch, out, weight)
                 found.append(kernel(Choice(step, *dtypes, 1 + layer, layer, True, *shared)))
+    for out in (wide, narrow):  # a step of Mamba, 768 wide
+        shared = spread(*(share("forward", wide, False, 768) or (1, 1)), 1, limits.multiprocessors)
+        found.append(kernel(Choice("forward", wide, out, out, out, 1, False, True, *shared)))
     return found
 
 
@@ -130,7 +144,7 @@ def add_norm(
     found = Choice(
         "forward", x.dtype, x.dtype if branch is None else branch.dtype, dtype,
         x.dtype if w is None else w.dtype, (w is not None) + (b is not None), layer,
-        _vector(x, branch, w, b), *shared,
+        _vector(x, branch, w, b), *spread(*shared, rows, cuda.limits(device).multiprocessors),
     )  # fmt: skip
     kernel(found).launch(
         device, -(-rows // found.teams), cuda.WARP * found.warps * found.teams, 0,

@@ -12,12 +12,15 @@ from torch.nn.functional import linear
 
 from lrnnx_core.backends import cuda
 
-MOST_ROWS = 8  # of x; above, matrix units are faster
+MOST_ROWS = 4  # of x; above, matrix units are faster
 THREADS = 128  # of a block, at least
 UNROLL = 4  # pieces of a row of the weight that a thread asks for at a time
 GROUPS = (8, 128)  # threads that share a row of the weight, at least and at most
 OUTPUTS = 4  # rows of the weight that they work on together, at most
-BUSY = 1024  # threads of a multiprocessor that are enough to have more outputs in each
+BUSY = (1024, 256)  # threads of a multiprocessor, enough for more outputs in each; > 2 rows of x
+PREFETCH = (
+    1056  # blocks that ask for their weights before the kernel before has ended: the first ones
+)
 LAYOUT = "4P5q"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -56,8 +59,9 @@ def kernel(
         "UNROLL": UNROLL,
         "THREADS": max(THREADS, group),
         "WIDE": "true" if wide else "false",
+        "PREFETCH": PREFETCH,
     }
-    return cuda.Kernel("linear_step.cu", "linear_step", definitions, LAYOUT)
+    return cuda.Kernel("linear_step.cu", "linear_step", definitions, LAYOUT, overlaps=True)
 
 
 class Shape(NamedTuple):
@@ -90,8 +94,8 @@ def _shape(
     while held < rows:
         held *= 2
     threads = outputs * group // max(cuda.limits(device).multiprocessors, 1)
-    together = 1
-    while together < OUTPUTS and together * held < 16 and threads >= 2 * together * BUSY:
+    together, busy = 1, BUSY[rows > 2]
+    while together < OUTPUTS and together * held < 16 and threads >= 2 * together * busy:
         together *= 2
     call = kernel(dtype, vector, group, together, held, wide)
     per_block = max(THREADS, group) // group * together
@@ -137,11 +141,11 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
-    """Return the kernels of one and eight rows for 768 and 1536 inputs, and a large vocabulary."""
+    """Return the kernels of one and four rows for 768 and 1536 inputs, and a large vocabulary."""
     found: list[cuda.Kernel] = []
     for dtype, inputs, outputs, rows in (
         (torch.bfloat16, 768, 1, 1), (torch.bfloat16, 1536, 1, 1), (torch.bfloat16, 768, 4, 1),
-        (torch.bfloat16, 768, 1, 8), (torch.bfloat16, 1536, 1, 8),
+        (torch.bfloat16, 768, 2, 4), (torch.bfloat16, 1536, 1, 4),
         (torch.float32, 768, 1, 1), (torch.float16, 768, 1, 1), (torch.float64, 768, 1, 1),
     ):  # fmt: skip
         vector, group = partition(inputs, dtype)

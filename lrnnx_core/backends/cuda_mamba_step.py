@@ -17,10 +17,12 @@ THREADS = 64  # of a block of the second kernel
 BLOCKS = (12, 8)  # of it on a multiprocessor, at least, without and with a loop over states
 FEW_BLOCKS = 6  # the same where a thread has one row: there are hardly more
 ROWS = (4, 2)  # of the batch that a thread of it works on together, at most; the same
+ROWS_BLOCKS = 8  # of it on a multiprocessor that there are then, at least
 RANK_VECTOR = 4  # neighbours of r that a thread of it reads at a time, at most
 MIXED_THREADS = 256  # of a block of the first kernel, at most
-MIXED_ROWS, MIXED_OUTPUTS = 2, 8  # that a block of the first kernel has, at most
+MIXED_ROWS, MIXED_OUTPUTS = 2, 16  # that a block of the first kernel has, at most
 MOST_TAPS = 8
+PREFETCH = 1 << 24  # bytes of a state that the first kernel asks for into the L2 cache, at most
 LAYOUT = "16P9qd"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -44,8 +46,11 @@ def mixed_kernel(
         "VECTOR": vector,
         "OUTPUTS": outputs,
         "ROWS": rows,
+        "PREFETCH": PREFETCH,
     }
-    return cuda.Kernel("mamba_step_mixed.cu", "mamba_step_mixed", definitions, LAYOUT)
+    return cuda.Kernel(
+        "mamba_step_mixed.cu", "mamba_step_mixed", definitions, LAYOUT, overlaps=True
+    )
 
 
 @functools.cache
@@ -96,8 +101,9 @@ def _kernel(
         "THREADS": THREADS,
         "RANK_UNROLL": 1 if rows > 1 else 2,
         "BLOCKS": BLOCKS[loop] if rows > 1 else FEW_BLOCKS,
+        "PREFETCH": PREFETCH,
     }
-    return cuda.Kernel("mamba_step.cu", "mamba_step", definitions, LAYOUT)
+    return cuda.Kernel("mamba_step.cu", "mamba_step", definitions, LAYOUT, overlaps=True)
 
 
 def _width(size: int, dtype: torch.dtype) -> int:
@@ -171,19 +177,19 @@ def _shape(
     vector = _width(channels, dtype)
     threads = min(MIXED_THREADS, -(-channels // vector // cuda.WARP) * cuda.WARP)
     together, outputs, held = 1, rank + 2 * states, 1
-    while together < MIXED_ROWS and together < batch:
+    busy = cuda.limits(device).multiprocessors
+    while held < MIXED_OUTPUTS and batch * -(-outputs // (2 * held)) >= busy:
+        held *= 2
+    while together < MIXED_ROWS and -(-batch // (2 * together)) * -(-outputs // held) >= busy:
         together *= 2
     row_tiles = -(-batch // together)
-    busy = cuda.limits(device).multiprocessors
-    while held < MIXED_OUTPUTS and row_tiles * -(-outputs // (2 * held)) >= busy:
-        held *= 2
     mixed_tiles = -(-outputs // held)
 
     pieces, lanes = partition(states, state)
     rows, most = 1, min(ROWS[states > pieces * lanes], lanes)
-    while rows < most and 2 * rows <= batch:
-        rows *= 2
     tiles = -(-channels // (THREADS // lanes))
+    while rows < most and tiles * -(-batch // (2 * rows)) >= ROWS_BLOCKS * busy:
+        rows *= 2
     unit = 16 // state.itemsize
     B_at = -(-rank // unit) * unit
     C_at = B_at + -(-states // unit) * unit
@@ -295,6 +301,7 @@ def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
         tile = (MIXED_OUTPUTS, MIXED_ROWS) if many else (1, 1)
         found.append(mixed_kernel(dtype, 4, 16 // dtype.itemsize, *tile))
         found.append(kernel(dtype, 4, "mamba", False, 16, 48, 4 if many else 1))
+    found.append(mixed_kernel(torch.bfloat16, 4, 8, 4, 1))  # eight rows
     found.append(kernel(torch.bfloat16, 4, "mamba", True, 16, 48, 1))  # STREAM
     found.append(kernel(torch.bfloat16, 4, "zoh", False, 16, 48, 4))
     found.append(kernel(torch.bfloat16, 4, "mamba", False, 128, 48, 2))

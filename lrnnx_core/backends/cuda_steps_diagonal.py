@@ -45,7 +45,7 @@ def _kernel(
         "WARPS": 2 if rows == 1 else 4,
         "VECTOR": vector,
     }
-    return cuda.Kernel("step_diagonal.cu", entry, definitions, LAYOUT)
+    return cuda.Kernel("step_diagonal.cu", entry, definitions, LAYOUT, overlaps=True)
 
 
 def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:

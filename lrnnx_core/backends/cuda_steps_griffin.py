@@ -37,7 +37,7 @@ def _kernel(
         "WEIGHT": cuda.NAMES[weight],
         "ROWS": rows,
     }
-    return cuda.Kernel("step_griffin.cu", entry, definitions, LAYOUT)
+    return cuda.Kernel("step_griffin.cu", entry, definitions, LAYOUT, overlaps=True)
 
 
 def _rows(count: int, real: torch.dtype) -> int:

@@ -29,7 +29,7 @@ NARROW = 1024  # channels up to which a warp has a row
 def _kernel(dtype: torch.dtype, lanes: int, vector: int) -> cuda.Kernel:
     real = torch.promote_types(dtype, torch.float32)
     definitions = {**names(dtype, real), "LANES": lanes, "VECTOR": vector}
-    return cuda.Kernel("step_norm.cu", "rms_norm", definitions, LAYOUT)
+    return cuda.Kernel("step_norm.cu", "rms_norm", definitions, LAYOUT, overlaps=True)
 
 
 def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:

@@ -28,7 +28,7 @@ THREADS = 512
 @functools.cache
 def _kernel(real: torch.dtype, lanes: int) -> cuda.Kernel:
     definitions = {**names(real, real), "LANES": lanes}
-    return cuda.Kernel("step_s7.cu", "s7_step", definitions, LAYOUT)
+    return cuda.Kernel("step_s7.cu", "s7_step", definitions, LAYOUT, overlaps=True)
 
 
 def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:

@@ -46,7 +46,7 @@ def _variant(
         "ROWS": rows,
         "RANK": rank,
     }
-    return cuda.Kernel("step_siso.cu", "siso_step", definitions, LAYOUT)
+    return cuda.Kernel("step_siso.cu", "siso_step", definitions, LAYOUT, overlaps=True)
 
 
 def _lanes(states: int, vector: int) -> int:

@@ -34,7 +34,7 @@ def _kernel(entry: str, activations: torch.dtype, real: torch.dtype, vector: int
     definitions = {
         "ENTRY": ENTRIES.index(entry), **names(activations, real), "VECTOR": vector
     }  # fmt: skip
-    return cuda.Kernel("step_ssd.cu", entry, definitions, LAYOUT)
+    return cuda.Kernel("step_ssd.cu", entry, definitions, LAYOUT, overlaps=True)
 
 
 def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:

@@ -296,6 +296,11 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return linear(x, weight, bias)
 
 
+def argmax(x: Tensor) -> Tensor:
+    """Return the index (...) of the largest of x (..., V): the first of several."""
+    return x.argmax(-1)
+
+
 def _convolve(
     x: Tensor, before: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from lrnnx_core.backends.cuda_argmax import argmax as argmax_on_cuda
 from lrnnx_core.backends.cuda_linear_step import linear_step as linear_on_cuda
 from lrnnx_core.backends.cuda_mamba_step import mamba_step as mamba_on_cuda
 from lrnnx_core.backends.cuda_steps_diagonal import diagonal_step as diagonal_on_cuda
@@ -163,4 +165,13 @@ linear_step = step_operator(
     formulas.linear_step,
     _linear_fake,
     cuda=linear_on_cuda,
+)
+
+
+def _argmax_fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.int64)
+
+
+argmax = step_operator(
+    "argmax(Tensor x) -> Tensor", None, formulas.argmax, _argmax_fake, cuda=argmax_on_cuda
 )

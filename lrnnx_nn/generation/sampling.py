@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lrnnx_core.ops.steps import argmax
+
 # --------------------------------------------------------------------------------------- filters
 
 
@@ -237,10 +239,10 @@ class Sampling:
     def choose(self, logits: Tensor, seen: Tensor, keys: Tensor, drawn: Tensor) -> Tensor:
         """Return the next token (...) of every row; arguments as in `scores` and `uniforms`."""
         if self.greedy and self.repetition_penalty == 1:
-            return logits.argmax(-1)
+            return argmax(logits)
         scores = self.scores(logits, seen)
         if self.greedy:
-            return scores.argmax(-1)
+            return argmax(scores)
         return draw(scores, uniforms(keys, drawn, scores.shape[-1]))
 
 
