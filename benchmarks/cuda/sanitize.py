@@ -118,6 +118,8 @@ FAULTS = {
               "p.y[my_row * p.channels + channel + 1] =", ("mamba_step",)),
         Fault("mamba_step_mixed.cu", "p.mixed[(row + r) * p.pitch + column] =",
               "p.mixed[(row + r) * p.pitch + column + p.pitch] =", ("mamba_step_mixed",)),
+        Fault("mamba_step_many.cu", "p.mixed[(row + r) * p.pitch + column] =",
+              "p.mixed[(row + r) * p.pitch + column + p.pitch] =", ("mamba_step_many",)),
         Fault("s4d_scan.cu", "at.write(p.last, s, size, at.row);",
               "at.write(p.last, s, size, at.row + 1);", ("s4d_scan",)),
         Fault("s4d_scan.cu", "at.write(p.da, body.da, size, index);",
@@ -151,6 +153,9 @@ FAULTS = {
                         "linear_step"),
         missing_barrier("mamba_step_mixed.cu", "lane / SHARE] = sum[0];\n    __syncthreads();",
                         "mamba_step_mixed"),
+        missing_barrier("mamba_step.cu", "__syncthreads();  // mixed is there", "mamba_step"),
+        missing_barrier("mamba_step_many.cu", "= sum[m][i];\n    __syncthreads();",
+                        "mamba_step_many"),
         missing_barrier("add_norm.cu", "mine[warp][i][lane] = x[i];\n        __syncthreads();",
                         "add_norm", "add_norm_backward"),
         missing_barrier("linear_scan.cu", AFTER_MAPS, "linear_scan", "linear_scan_backward"),
@@ -503,26 +508,31 @@ def linear_step(number: Numbers, planted: bool) -> None:
 
 
 def mamba_step(number: Numbers, planted: bool) -> None:
-    """One row and several, odd sizes, many states, with everything there is and with nothing."""
+    """One row, several and many, odd sizes, many states, with everything there is and with nothing.
+
+    Many rows have a kernel of their own on compute capability 9.0 and above.
+    """
     import torch
 
     from lrnnx_core.backends import cuda_mamba_step as kernels
 
-    dtypes = (torch.float32, torch.bfloat16, torch.float64)
-    for dtype, rich in itertools.product(dtypes[: 1 if planted else None], (True, False)):
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)[: 1 if planted else None]
+    sizes = ((5, 72, 16, 4), (1, 37, 5, 3), (3, 264, 70, 8))
+    cases = [(*case, *size) for case in itertools.product(dtypes, (True, False)) for size in sizes]
+    cases += [(torch.bfloat16, True, 19, 72, 16, 5), (torch.bfloat16, False, 16, 264, 70, 8)]
+    for dtype, rich, batch, E, N, R in cases:
         wide = torch.promote_types(dtype, torch.float32)
-        for batch, E, N, R in ((5, 72, 16, 4), (1, 37, 5, 3), (3, 264, 70, 8)):
-            least = 0 if batch > 1 else kernels.ROWS_BLOCKS  # several rows a thread
-            with mock.patch.object(kernels, "ROWS_BLOCKS", least):
-                kernels.mamba_step(
-                    number(batch, 2 * E, dtype=dtype, low=-1.0), number(batch, 3, E, dtype=dtype),
-                    number(batch, E, N, dtype=wide), number(E, 1, 4, dtype=dtype),
-                    number(E, dtype=dtype) if rich else None, number(R + 2 * N, E, dtype=dtype),
-                    number(E, R, dtype=dtype), number(E, dtype=wide), -number(E, N, dtype=wide),
-                    number(E, dtype=wide), number(E, dtype=wide) if rich else None,
-                    number(batch, dtype=wide) if rich else None, None, None, None, 1.0, False, rich,
-                    "zoh" if rich else "mamba",
-                )  # fmt: skip
+        least = 0 if batch > 1 else kernels.ROWS_BLOCKS  # several rows a thread
+        with mock.patch.multiple(kernels, ROWS_BLOCKS=least, STAGE=8192 * rich):
+            kernels.mamba_step(
+                number(batch, 2 * E, dtype=dtype, low=-1.0), number(batch, 3, E, dtype=dtype),
+                number(batch, E, N, dtype=wide), number(E, 1, 4, dtype=dtype),
+                number(E, dtype=dtype) if rich else None, number(R + 2 * N, E, dtype=dtype),
+                number(E, R, dtype=dtype), number(E, dtype=wide), -number(E, N, dtype=wide),
+                number(E, dtype=wide), number(E, dtype=wide) if rich else None,
+                number(batch, dtype=wide) if rich else None, None, None, None, 1.0, False, rich,
+                "zoh" if rich else "mamba",
+            )  # fmt: skip
 
 
 def single_steps(number: Numbers, planted: bool) -> None:

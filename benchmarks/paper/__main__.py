@@ -32,13 +32,13 @@ import torch
 from benchmarks.paper import page
 from benchmarks.paper.measure import (
     D_STATE,
+    KINDS,
     MODELS,
     WAYS,
     Protocol,
     Size,
-    inference,
     milliseconds,
-    training,
+    once,
 )
 from lrnnx_nn.files import read_json, write_json
 
@@ -50,7 +50,6 @@ SWEEPS = {
     "batch": [BASE._replace(batch=2**n) for n in range(3, 8)],
 }
 TINY = {"length": [Size(4, 8, 2), Size(8, 8, 2)], "width": [], "batch": []}
-KINDS = {"training": training, "inference": inference}
 
 
 def main() -> None:
@@ -84,19 +83,12 @@ def compile_ahead(arguments: argparse.Namespace) -> None:
     ways = [w for w in arguments.ways if w in ("compiled", "jax")]
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
         cells = itertools.product(arguments.models, arguments.kinds, ways)
-        jobs = {
-            cell: pool.submit(_once, *cell, tuple(arguments.sweeps), arguments.tiny)
-            for cell in cells
-        }
+        sizes = sizes_of(arguments.sweeps, arguments.tiny)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        jobs = {cell: pool.submit(once, *cell, sizes, device) for cell in cells}
         for cell, job in jobs.items():
             if job.exception() is not None:  # the measurement will say it again
                 print("compiling ahead:", *cell, repr(job.exception())[:200], flush=True)
-
-
-def _once(model: str, kind: str, way: str, sweeps: tuple[str, ...], tiny: bool) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    for size in sizes_of(sweeps, tiny):
-        KINDS[kind](model, way, size, device)()
 
 
 def sizes_of(sweeps: Iterable[str], tiny: bool) -> list[Size]:

@@ -78,6 +78,15 @@ def inference(model: str, way: str, size: Size, device: str) -> Callable[[], Any
     return captured(run) if way == "graph" else run
 
 
+KINDS = {"training": training, "inference": inference}
+
+
+def once(model: str, kind: str, way: str, sizes: list[Size], device: str) -> None:
+    """Run cells one time each: what is compiled for them stands in caches on disk then."""
+    for size in sizes:
+        KINDS[kind](model, way, size, device)()
+
+
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
     """Return the call as one replay of a CUDA graph; the results stand at fixed addresses."""
     side = torch.cuda.Stream()

@@ -26,7 +26,10 @@ at batch 32 and width 128, widths 16 to 256 and batches 8 to 128 at length 512, 
   "CUDA graph" the whole call captured once and replayed, as
   [generation](../generation.md) does by itself. "JAX" is the same model with the same numbers,
   checked to give the same results: an associative scan for training, the step in `lax.scan` for
-  inference, in one `jit`.
+  inference, in one `jit`. Its matrix products have JAX's default precision, TF32 on this kind of
+  GPU; the others are in full float32.
+- Compiled by itself a step discretizes again at every call, which eager evaluation keeps: decode
+  with a graph instead.
 - Times are those of the clock on the wall, the host's work included: mean of {repeats} repeats of
   up to {runs} runs after up to {warm} warm-ups; a cell makes fewer where they would take longer
   than {seconds} s, and the file says how many it made.

@@ -218,8 +218,8 @@ def _final(table: Krylov, states: Tensor, u: Tensor, lengths: Tensor | None) -> 
 def toeplitz(taps: Tensor) -> Tensor:
     """Return T with T[t, s] = taps[t - s] for s <= t: (..., Q) -> (..., Q, Q)."""
     size = taps.shape[-1]
-    # Rows of period 2 Q, cut at 2 Q - 1, move on by one. (An index of differences does the same, and
-    # torch.compile fails on it on a GPU, PyTorch 2.11.)
+    # Rows of period 2 Q, cut at 2 Q - 1, move on by one. (An index of differences does the same,
+    # and torch.compile fails on it on a GPU, PyTorch 2.11.)
     cyclic = torch.cat([taps, torch.zeros_like(taps)], dim=-1).unsqueeze(-2)
     cyclic = cyclic.expand(*taps.shape, 2 * size).flatten(-2)[..., : size * (2 * size - 1)]
     return cyclic.unflatten(-1, (size, 2 * size - 1))[..., :size].mT
