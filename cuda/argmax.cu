@@ -63,6 +63,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             if (start + u * THREADS >= pieces) break;
+            // A thread's indices grow, so most pieces have nothing to say.
+            State top = widen(piece[u].item[0]);
+            bool nan = top != top;
+#pragma unroll
+            for (int v = 1; v < VECTOR; ++v) {
+                const State x = widen(piece[u].item[v]);
+                nan = nan || x != x;
+                top = fmax(top, x);
+            }
+            if (!nan && !(top > best.value) && best.index < p.count) continue;
 #pragma unroll
             for (int v = 0; v < VECTOR; ++v)
                 best.meet(widen(piece[u].item[v]), (start + u * THREADS) * VECTOR + v);

@@ -13,8 +13,8 @@
 // ROWS, OUTPUTS, THREADS, UNROLL and the width of loads change no bit.
 //
 // Compiled for DTYPE, VECTOR, GROUP (a power of two), OUTPUTS, ROWS, UNROLL, THREADS (a multiple of
-// GROUP and of a warp), WIDE: VECTOR numbers at a time, which asks for alignment, and PREFETCH: how many
-// blocks ask for their weights ahead. Overlaps the kernel before.
+// GROUP and of a warp) and WIDE: VECTOR numbers at a time, which asks for alignment. Overlaps the kernel
+// before.
 #include "memory.cuh"
 #include "numbers.cuh"
 
@@ -60,7 +60,7 @@ __device__ __forceinline__ Piece fetch_once(const T* from) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     linear_step(const __grid_constant__ Arguments p) {
-    let_next_begin();
+    overlap_previous();
     const int member = threadIdx.x % GROUP, group = threadIdx.x / GROUP;
     const long long first = (blockIdx.x * (long long)GROUPS + group) * OUTPUTS;
     const long long pieces = p.inputs / VECTOR;
@@ -72,13 +72,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) x[r] = p.x + (r < p.rows ? r : p.rows - 1) * p.x_row;
-
-    // The first blocks to run ask for their weights while the kernel before still runs.
-    if (WIDE && blockIdx.x < PREFETCH && ((unsigned long long)weight[0] | p.weight_row * sizeof(T)) % 16 == 0) {
-#pragma unroll
-        for (int o = 0; o < OUTPUTS; ++o) ask_for(weight[o], p.inputs * sizeof(T), member, GROUP);
-    }
-    await_previous();
 
     State sum[OUTPUTS][ROWS];
 #pragma unroll

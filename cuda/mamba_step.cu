@@ -14,8 +14,9 @@
 // lanes from the far ones to the near; ROWS and the block change no bit.
 //
 // Compiled for DTYPE, TAPS, SCHEME and SPLIT (discretize.cuh), VECTOR, LANES, ROWS, RANK_VECTOR, LOOP
-// (more than one piece of VECTOR states a lane), RANK_UNROLL, THREADS, BLOCKS and PREFETCH (0: no weights
-// are asked for ahead). Overlaps the kernel before.
+// (more than one piece of VECTOR states a lane), RANK_UNROLL, THREADS, BLOCKS and STAGE:
+// how long a row of mixed may be that the block copies into shared memory first (0: none is copied, which
+// changes no bit). Overlaps the kernel before.
 #include "mamba_step.cuh"
 #include "discretize.cuh"
 
@@ -73,7 +74,7 @@ struct Numbers {  // VECTOR neighbouring states of ROWS rows
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     mamba_step(const __grid_constant__ Arguments p) {
-    let_next_begin();
+    overlap_previous();
     const int lane = threadIdx.x % LANES, mine = lane / SHARE;
     const long long tile = blockIdx.x / unsigned(p.tiles), row = tile * ROWS;
     const long long found = (blockIdx.x - tile * p.tiles) * (THREADS / LANES) + threadIdx.x / LANES;
@@ -82,14 +83,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int rows = p.batch - row < ROWS ? int(p.batch - row) : ROWS;
     const long long my_row = row + (mine < rows ? mine : 0);
 
-    // Weights for the L2 cache, while the first kernel still runs.
-    if (PREFETCH > 0 && row == 0) {
-        const long long thread = blockIdx.x * THREADS + threadIdx.x;
-        const long long threads = p.tiles * THREADS;
-        ask_for(p.dt_proj, p.channels * p.rank * sizeof(T), thread, threads);
-        ask_for(p.A, p.channels * p.states * sizeof(State), thread, threads);
+    alignas(16) __shared__ State staged[STAGE > 0 ? ROWS * STAGE : 1];
+    const State* mixed = STAGE > 0 ? staged : p.mixed + row * p.pitch;
+    if constexpr (STAGE > 0) {  // the rows lie one behind the other
+        constexpr int UNIT = 16 / sizeof(State);
+        const int units = int(rows * p.pitch) / UNIT;
+        for (int i = threadIdx.x; i < units; i += THREADS)
+            copy_async<16>(staged + i * UNIT, p.mixed + row * p.pitch + i * UNIT);
     }
-    await_previous();
 
     // Everything that is read from far away is asked for first.
     const State* A = p.A + channel * p.states;
@@ -107,7 +108,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     State sum[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) sum[r] = State(0);
-    const State* mixed = p.mixed + row * p.pitch;
+    if constexpr (STAGE > 0) {
+        wait();
+        __syncthreads();  // mixed is there
+    }
 #pragma unroll RANK_UNROLL
     for (long long i = lane * RANK_VECTOR; i < p.rank; i += LANES * RANK_VECTOR) {
         const auto w = Pack<T, RANK_VECTOR>::load(p.dt_proj + channel * p.rank + i);

@@ -12,31 +12,19 @@
 // fix the order of a sum: first in a thread, then over a warp, the far half first, then over the warps
 // in order. OUTPUTS and ROWS change no bit.
 //
-// Compiled for DTYPE, TAPS, VECTOR, OUTPUTS, ROWS (powers of two, their product at most 32), and PREFETCH:
-// bytes of a state that is asked for ahead of the second kernel, at most. Overlaps the kernel before.
+// Compiled for DTYPE, TAPS, VECTOR, OUTPUTS and ROWS (powers of two, their product at most 32). Overlaps
+// the kernel before.
 #include "mamba_step.cuh"
 
 constexpr int SUMS = OUTPUTS * ROWS, SHARE = 32 / SUMS, WARPS = 8;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     mamba_step_mixed(const __grid_constant__ Arguments p) {
-    let_next_begin();
+    overlap_previous();
     const long long tile = blockIdx.x / unsigned(p.tiles);
     const long long row = tile * ROWS, outputs = p.rank + 2 * p.states;
     const long long first = (blockIdx.x - tile * p.tiles) * OUTPUTS;
     const int rows = p.batch - row < ROWS ? int(p.batch - row) : ROWS;
-
-    // What the two kernels of the step read from far away, for the L2 cache, while the kernel before and
-    // then this one leave the memory idle. Rows of x_proj are aligned: their length is VECTOR's multiple.
-    const long long thread = blockIdx.x * (long long)blockDim.x + threadIdx.x;
-    const long long threads = gridDim.x * (long long)blockDim.x;
-    if (PREFETCH > 0) {
-        if (p.channels * sizeof(T) % 16 == 0)
-            ask_for(p.x_proj, outputs * p.channels * sizeof(T), thread, threads);
-        const long long bytes = p.batch * p.channels * p.states * sizeof(State);
-        if (bytes <= PREFETCH) ask_for(p.h, bytes, thread, threads);
-    }
-    await_previous();
 
     State sum[SUMS];
 #pragma unroll

@@ -119,8 +119,7 @@ __device__ __forceinline__ unsigned hear(const unsigned long long* word, int apa
 
 // A kernel whose launcher says `overlaps` begins while the one before it on the stream still runs. All its
 // threads call `let_next_begin`, at the top, and `await_previous` before anything is read or written that
-// any kernel writes. What is asked for ahead of that comes no nearer than the L2 cache, where no number
-// is ever old. Launched otherwise, and before sm_90, these do nothing.
+// any kernel writes. Launched otherwise, and before sm_90, these do nothing.
 __device__ __forceinline__ void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -133,27 +132,8 @@ __device__ __forceinline__ void await_previous() {
 #endif
 }
 
-// Both, where nothing can be asked for ahead.
+// Both.
 __device__ __forceinline__ void overlap_previous() {
     let_next_begin();
     await_previous();
-}
-
-// Ask for `bytes` at p to be in the L2 cache; whole multiples of 16 bytes of memory that is aligned so.
-__device__ __forceinline__ void ask_for(const void* p, long long bytes) {
-#if __CUDA_ARCH__ >= 900
-    const unsigned whole = unsigned(bytes) & ~15u;
-    if (whole != 0)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(whole) : "memory");
-#endif
-}
-
-// The same of an array, a share of it by each of `threads` threads.
-__device__ __forceinline__ void ask_for(const void* p, long long bytes, long long thread,
-                                        long long threads) {
-#if __CUDA_ARCH__ >= 900
-    constexpr long long SHARE = 512;
-    for (long long at = thread * SHARE; at < bytes; at += threads * SHARE)
-        ask_for(static_cast<const char*>(p) + at, bytes - at < SHARE ? bytes - at : SHARE);
-#endif
 }

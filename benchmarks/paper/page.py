@@ -143,6 +143,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
                         x, y, error, color=colours[way], marker="o", ms=3, label=COLUMN[way]
                     )
             axes.set(xscale="log", yscale="log", xlabel=sweep, ylabel=f"{model}, {kind}, ms")
+            sizes = sorted({c[sweep] for c in cells if all(c[k] == base[k] for k in fixed)})
+            axes.set_xticks(sizes[:: -(-len(sizes) // 5)], sizes[:: -(-len(sizes) // 5)])
+            axes.minorticks_off()
             finish(axes, legend=False)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)

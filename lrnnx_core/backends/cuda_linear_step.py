@@ -18,9 +18,6 @@ UNROLL = 4  # pieces of a row of the weight that a thread asks for at a time
 GROUPS = (8, 128)  # threads that share a row of the weight, at least and at most
 OUTPUTS = 4  # rows of the weight that they work on together, at most
 BUSY = (1024, 256)  # threads of a multiprocessor, enough for more outputs in each; > 2 rows of x
-PREFETCH = (
-    1056  # blocks that ask for their weights before the kernel before has ended: the first ones
-)
 LAYOUT = "4P5q"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -59,7 +56,6 @@ def kernel(
         "UNROLL": UNROLL,
         "THREADS": max(THREADS, group),
         "WIDE": "true" if wide else "false",
-        "PREFETCH": PREFETCH,
     }
     return cuda.Kernel("linear_step.cu", "linear_step", definitions, LAYOUT, overlaps=True)
 
