@@ -14,9 +14,8 @@
 // lanes from the far ones to the near; ROWS and the block change no bit.
 //
 // Compiled for DTYPE, TAPS, SCHEME and SPLIT (discretize.cuh), VECTOR, LANES, ROWS, RANK_VECTOR, LOOP
-// (more than one piece of VECTOR states a lane), RANK_UNROLL, THREADS, BLOCKS and STAGE:
-// how long a row of mixed may be that the block copies into shared memory first (0: none is copied, which
-// changes no bit). Overlaps the kernel before.
+// (more than one piece of VECTOR states a lane), RANK_UNROLL, THREADS and BLOCKS. Overlaps the kernel
+// before.
 #include "mamba_step.cuh"
 #include "discretize.cuh"
 
@@ -83,14 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const int rows = p.batch - row < ROWS ? int(p.batch - row) : ROWS;
     const long long my_row = row + (mine < rows ? mine : 0);
 
-    alignas(16) __shared__ State staged[STAGE > 0 ? ROWS * STAGE : 1];
-    const State* mixed = STAGE > 0 ? staged : p.mixed + row * p.pitch;
-    if constexpr (STAGE > 0) {  // the rows lie one behind the other
-        constexpr int UNIT = 16 / sizeof(State);
-        const int units = int(rows * p.pitch) / UNIT;
-        for (int i = threadIdx.x; i < units; i += THREADS)
-            copy_async<16>(staged + i * UNIT, p.mixed + row * p.pitch + i * UNIT);
-    }
+    const State* mixed = p.mixed + row * p.pitch;
 
     // Everything that is read from far away is asked for first.
     const State* A = p.A + channel * p.states;
@@ -108,10 +100,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     State sum[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) sum[r] = State(0);
-    if constexpr (STAGE > 0) {
-        wait();
-        __syncthreads();  // mixed is there
-    }
 #pragma unroll RANK_UNROLL
     for (long long i = lane * RANK_VECTOR; i < p.rank; i += LANES * RANK_VECTOR) {
         const auto w = Pack<T, RANK_VECTOR>::load(p.dt_proj + channel * p.rank + i);

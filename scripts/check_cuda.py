@@ -159,8 +159,6 @@ WORDS = {
     "GROUP": ("", "group {}"),
     "OUTPUTS": ("", "outputs {}"),
     "ROWS": ("", "rows {}"),
-    "TILES": ("", "tiles {}"),
-    "STAGE": ("0", "staged {}"),
     "RANK": ("0", "rank {}"),
     "SIDE": ("", "side {}"),
     "ACROSS": ("16", "across {}"),

@@ -167,13 +167,6 @@ def problem(
     ]  # fmt: skip
 
 
-def on_matrix_units(rows: int, dtype: torch.dtype) -> bool:
-    return (
-        rows >= cuda_mamba_step.MANY and dtype.itemsize == 2
-        and torch.cuda.get_device_capability() >= cuda_mamba_step.MANY_CAPABILITY
-    )  # fmt: skip
-
-
 def exact(arguments: list[Any]) -> tuple[Tensor, ...]:
     with pytest.MonkeyPatch.context() as patch:
         # torch's takes the argument itself above 20: what it leaves out is 10^-10 of the result
@@ -201,12 +194,7 @@ def test_a_step_computes_its_formulas(
     ]  # fmt: skip
     for choice in cases:
         check(problem(scheme, batch, dtype=dtype, **choice))
-    first = (
-        "mamba_step_many"
-        if on_matrix_units(batch[0] if batch else 1, dtype)
-        else "mamba_step_mixed"
-    )
-    assert [kernel.entry for kernel in launches] == 4 * [first, "mamba_step"]
+    assert [kernel.entry for kernel in launches] == 4 * ["mamba_step_mixed", "mamba_step"]
 
 
 @EVERY_DTYPE
@@ -232,7 +220,6 @@ def test_how_rows_are_shared_changes_no_bit(
         for most, least in ((4, 0), (2, 0), (1, 8)):
             monkeypatch.setattr(cuda_mamba_step, "ROWS", (most, most))
             monkeypatch.setattr(cuda_mamba_step, "ROWS_BLOCKS", least)
-            monkeypatch.setattr(cuda_mamba_step, "STAGE", 4096 * most)
             monkeypatch.setattr(cuda_mamba_step, "MIXED_OUTPUTS", 4 * most)
             monkeypatch.setattr(cuda_mamba_step, "MIXED_ROWS", 2 if most < 4 else 1)
             cuda_mamba_step._shape.cache_clear()
@@ -244,27 +231,18 @@ def test_how_rows_are_shared_changes_no_bit(
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)
 @pytest.mark.parametrize("batch", [16, 17, 64, 100])
-def test_many_rows(batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    launches = counted(monkeypatch, cuda_mamba_step)
+def test_many_rows(batch: int, dtype: torch.dtype) -> None:
     for width, states, rank, taps in (
         (1536, 16, 48, 4), (24, 5, 3, 2), (3208, 16, 200, 4), (8, 1, 1, 1), (20, 16, 4, 4),
     ):  # fmt: skip
         arguments = problem("mamba", (batch,), width, states, rank, taps, dtype)
         arguments[6] = arguments[6] / rank**0.5
         together = check(arguments)
-        many = launches[-2].entry == "mamba_step_many"
-        assert many == (width % 8 == 0 and on_matrix_units(batch, dtype))
         assert all(map(torch.equal, mamba_step(*arguments), together))
         order = torch.arange(batch - 1, -1, -1)[:16]  # among other rows, in other places
         moved = [t[order] if i in (0, 1, 2, 11) else t for i, t in enumerate(arguments)]
         for a, b in zip(mamba_step(*moved), together, strict=True):
             assert torch.equal(a, b[order])
-        with pytest.MonkeyPatch.context() as patch:  # few rows have another order of sums
-            patch.setattr(cuda_mamba_step, "MANY", 1 << 60)
-            cuda_mamba_step._shape.cache_clear()
-            for a, b in zip(mamba_step(*arguments), together, strict=True):
-                assert error(a, b) <= 8 * rounding(a.dtype)
-        cuda_mamba_step._shape.cache_clear()
 
 
 def test_infinite_inputs_of_many_rows() -> None:

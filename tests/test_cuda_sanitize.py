@@ -73,7 +73,7 @@ def test_faults_are_planted_in_every_kernel_and_only_once() -> None:
         assert len(set(reported)) == len(reported)
         # these have no shared memory, so no hazard on it
         alone = {
-            "selective_step", "causal_conv1d", "s4d_starts", "diagonal_drive",
+            "selective_step", "mamba_step", "causal_conv1d", "s4d_starts", "diagonal_drive",
             "diagonal_read", "siso_step", "griffin_taps", "griffin_close",
         }  # fmt: skip
         alone = alone if tool == "racecheck" else set()

@@ -70,27 +70,8 @@ def test_what_a_small_language_model_launches_is_listed(launches: list[Any]) -> 
     for kernel, blocks, threads, values in launches[:4]:
         assert threads == (64 if kernel.entry == "mamba_step" else 192)
         assert values[16:23] == (values[16], 1536, 16, 48, 48, 64, 80)
-        rows = {"mamba_step": 4, "mamba_step_mixed": 1, "mamba_step_many": 1}[kernel.entry]
+        rows = {"mamba_step": 4, "mamba_step_mixed": 2}[kernel.entry]
         assert blocks == values[23] * (values[16] // rows if values[16] > 1 else 1)
-    assert [k.entry for k, *_ in launches[:4:2]] == ["mamba_step_mixed", "mamba_step_many"]
-
-
-@pytest.mark.parametrize(
-    ("batch", "E", "dtype", "capability"),
-    [(15, 40, BF16, (9, 0)), (16, 44, BF16, (9, 0)), (16, 40, torch.float32, (9, 0)),
-     (64, 1536, BF16, (8, 9))],
-    ids=str,
-)  # fmt: skip
-def test_matrix_units_are_for_many_rows_of_narrow_numbers(
-    batch: int, E: int, dtype: Any, capability: Any, launches: list[Any], monkeypatch: Any
-) -> None:
-    mamba_step(*mamba(16, 40))
-    cuda_mamba_step._shape.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    mamba_step(*mamba(batch, E, dtype=dtype))
-    entries = [kernel.entry for kernel, *_ in launches]
-    assert entries == ["mamba_step_many", "mamba_step", "mamba_step_mixed", "mamba_step"]
-    assert launches[0][1] == 2 * 8  # clusters of eight blocks
 
 
 def test_new_states_take_the_places_of_those_given_away(launches: list[Any]) -> None:

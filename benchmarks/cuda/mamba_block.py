@@ -116,9 +116,12 @@ def measure(session: Session) -> None:
     def floors(*tensors: Tensor) -> list[float]:
         return [session.floor_ms(n * sum(t.nbytes for t in tensors)) for n in (1, 2.5)]
 
-    layer = Mamba(width, STATES, **place)
+    def mixer() -> Mamba:  # cast as users cast a model: A, D and the bias of dt stay float32
+        return Mamba(width, STATES, device=session.device).to(torch.bfloat16)
+
+    layer = mixer()
     session.case(f"layer {shape}", floors(u, u), partial(whole, session, layer, u))
-    blocks = [ResidualBlock(width, Mamba(width, STATES, **place), **place) for _ in range(2)]
+    blocks = [ResidualBlock(width, mixer(), **place) for _ in range(2)]
     for name, module in (("block", blocks[0]), ("two blocks", Stack(blocks))):
         session.case(
             f"{name} {shape}", floors(stream, stream), partial(whole, session, module, stream)

@@ -118,8 +118,6 @@ FAULTS = {
               "p.y[my_row * p.channels + channel + 1] =", ("mamba_step",)),
         Fault("mamba_step_mixed.cu", "p.mixed[(row + r) * p.pitch + column] =",
               "p.mixed[(row + r) * p.pitch + column + p.pitch] =", ("mamba_step_mixed",)),
-        Fault("mamba_step_many.cu", "p.mixed[(row + r) * p.pitch + column] =",
-              "p.mixed[(row + r) * p.pitch + column + p.pitch] =", ("mamba_step_many",)),
         Fault("s4d_scan.cu", "at.write(p.last, s, size, at.row);",
               "at.write(p.last, s, size, at.row + 1);", ("s4d_scan",)),
         Fault("s4d_scan.cu", "at.write(p.da, body.da, size, index);",
@@ -153,9 +151,6 @@ FAULTS = {
                         "linear_step"),
         missing_barrier("mamba_step_mixed.cu", "lane / SHARE] = sum[0];\n    __syncthreads();",
                         "mamba_step_mixed"),
-        missing_barrier("mamba_step.cu", "__syncthreads();  // mixed is there", "mamba_step"),
-        missing_barrier("mamba_step_many.cu", "= sum[m][i];\n    __syncthreads();",
-                        "mamba_step_many"),
         missing_barrier("add_norm.cu", "mine[warp][i][lane] = x[i];\n        __syncthreads();",
                         "add_norm", "add_norm_backward"),
         missing_barrier("linear_scan.cu", AFTER_MAPS, "linear_scan", "linear_scan_backward"),
@@ -508,10 +503,7 @@ def linear_step(number: Numbers, planted: bool) -> None:
 
 
 def mamba_step(number: Numbers, planted: bool) -> None:
-    """One row, several and many, odd sizes, many states, with everything there is and with nothing.
-
-    Many rows have a kernel of their own on compute capability 9.0 and above.
-    """
+    """One row, several and many, odd sizes, many states, with everything there is and nothing."""
     import torch
 
     from lrnnx_core.backends import cuda_mamba_step as kernels
@@ -523,7 +515,7 @@ def mamba_step(number: Numbers, planted: bool) -> None:
     for dtype, rich, batch, E, N, R in cases:
         wide = torch.promote_types(dtype, torch.float32)
         least = 0 if batch > 1 else kernels.ROWS_BLOCKS  # several rows a thread
-        with mock.patch.multiple(kernels, ROWS_BLOCKS=least, STAGE=8192 * rich):
+        with mock.patch.multiple(kernels, ROWS_BLOCKS=least):
             kernels.mamba_step(
                 number(batch, 2 * E, dtype=dtype, low=-1.0), number(batch, 3, E, dtype=dtype),
                 number(batch, E, N, dtype=wide), number(E, 1, 4, dtype=dtype),

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One step of a Mamba block between its projections on CUDA: two kernels, cuda/mamba_step*.cu.
-
-The first, of r, B and C, has a form for many rows in bfloat16 and float16, on matrix units.
-"""
+"""One step of a Mamba block between its projections on CUDA: two kernels, cuda/mamba_step*.cu."""
 
 from __future__ import annotations
 
@@ -20,16 +17,11 @@ THREADS = 64  # of a block of the second kernel
 BLOCKS = (12, 8)  # of it on a multiprocessor, at least, without and with a loop over states
 FEW_BLOCKS = 6  # the same where a thread has one row: there are hardly more
 ROWS = (4, 2)  # of the batch that a thread of it works on together, at most; the same
-STAGE = 0  # bytes of what the first kernel has made that a block copies near, at most
 RANK_UNROLL = (2, 1)  # such reads that a thread asks for together, for one row and for several
 ROWS_BLOCKS = 8  # of it on a multiprocessor that there are then, at least
 RANK_VECTOR = 4  # neighbours of r that a thread of it reads at a time, at most
 MIXED_THREADS = 256  # of a block of the first kernel, at most
 MIXED_ROWS, MIXED_OUTPUTS = 2, 16  # that a block of the first kernel has, at most
-MANY = 16  # rows of the batch from which on the first kernel runs on matrix units
-MANY_ROWS, MANY_TILES = 8, 6  # that a cluster has: rows; sixteens of outputs, at most
-MANY_CLUSTER, MANY_THREADS, MANY_VECTOR = 8, 192, 8  # blocks, their threads; channels of a lane
-MANY_CAPABILITY = (9, 0)  # clusters of blocks
 MOST_TAPS = 8
 LAYOUT = "16P9qd"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -60,19 +52,6 @@ def mixed_kernel(
     )
 
 
-@functools.cache
-def many_kernel(dtype: torch.dtype, taps: int, tiles: int) -> cuda.Kernel:
-    """Return the kernel of v, r, B and C for many rows.
-
-    Args:
-        dtype: of activations and weights, bfloat16 or float16.
-        taps: of the convolution.
-        tiles: of 16 outputs, that a cluster has.
-    """
-    definitions = {"DTYPE": cuda.NAMES[dtype], "TAPS": taps, "TILES": tiles}
-    return cuda.Kernel("mamba_step_many.cu", "mamba_step_many", definitions, LAYOUT, overlaps=True)
-
-
 def kernel(
     dtype: torch.dtype, taps: int, scheme: str, split: bool, states: int, rank: int, rows: int
 ) -> cuda.Kernel:
@@ -89,11 +68,9 @@ def kernel(
     """
     state = torch.promote_types(dtype, torch.float32)
     vector, lanes = partition(states, state)
-    room = -(-_columns(rank, states, state)[2] // 64) * 64
     return _kernel(
         dtype, taps, scheme, split, vector, lanes, rows,
         min(_width(rank, dtype), RANK_VECTOR), states > vector * lanes,
-        room if rows > 1 and rows * room * state.itemsize <= STAGE else 0,
     )  # fmt: skip
 
 
@@ -108,7 +85,6 @@ def _kernel(
     rows: int,
     rank_vector: int,
     loop: bool,
-    stage: int,
 ) -> cuda.Kernel:
     definitions = {
         "DTYPE": cuda.NAMES[dtype],
@@ -123,7 +99,6 @@ def _kernel(
         "THREADS": THREADS,
         "RANK_UNROLL": RANK_UNROLL[rows > 1],
         "BLOCKS": BLOCKS[loop] if rows > 1 else FEW_BLOCKS,
-        "STAGE": stage,
     }
     return cuda.Kernel("mamba_step.cu", "mamba_step", definitions, LAYOUT, overlaps=True)
 
@@ -148,16 +123,6 @@ def _first(
     dtype: torch.dtype, taps: int, batch: int, channels: int, outputs: int, device: int
 ) -> tuple[cuda.Kernel, tuple[int, int], int]:
     """Return the first kernel, its blocks and threads, and the tiles of outputs."""
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    if (
-        narrow and batch >= MANY and channels % MANY_VECTOR == 0
-        and torch.cuda.get_device_capability(device) >= MANY_CAPABILITY
-    ):  # fmt: skip
-        tiles = -(-outputs // 16)
-        groups = -(-tiles // MANY_TILES)
-        clusters = groups * -(-batch // MANY_ROWS)
-        chosen = many_kernel(dtype, taps, -(-tiles // groups))
-        return chosen, (MANY_CLUSTER * clusters, MANY_THREADS), groups
     vector = _width(channels, dtype)
     threads = min(MIXED_THREADS, -(-channels // vector // cuda.WARP) * cuda.WARP)
     together, held = 1, 1
@@ -346,8 +311,6 @@ def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
         found.append(mixed_kernel(dtype, 4, 16 // dtype.itemsize, *tile))
         found.append(kernel(dtype, 4, "mamba", False, 16, 48, 4 if many else 1))
     found.append(mixed_kernel(torch.bfloat16, 4, 8, 4, 1))  # eight rows
-    found.append(many_kernel(torch.bfloat16, 4, 5))
-    found.append(many_kernel(torch.float16, 4, 5))
     found.append(kernel(torch.bfloat16, 4, "mamba", True, 16, 48, 1))  # STREAM
     found.append(kernel(torch.bfloat16, 4, "zoh", False, 16, 48, 4))
     found.append(kernel(torch.bfloat16, 4, "mamba", False, 128, 48, 2))
