@@ -418,7 +418,8 @@ def leaf_calls(case: Case) -> list[tuple[Any, tuple[Any, ...]]]:
 # test_cpu_steps.py). A step's leaf is called where nothing is differentiated or transformed.
 PRIVATE = {
     "projected_scan", "projected_scan_backward", "diagonal_step", "flow_step", "siso_step",
-    "mamba_step", "griffin_step", "ssd_step", "s7_step", "rms_norm",
+    "mamba_step", "griffin_step", "ssd_step", "s7_step", "rms_norm", "linear_step", "argmax",
+    "add_norm", "add_norm_backward", "s4d_bidirectional", "s4d_bidirectional_backward",
 }  # fmt: skip
 
 
