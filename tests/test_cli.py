@@ -385,7 +385,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     ):
         assert re.search(rf"^{what}\b", text, re.MULTILINE)
     assert torch.__version__ in text
-    assert re.search(r"^CUDA ops +.*causal_conv1d, .*linear_scan, .*rg_lru_scan", text, re.MULTILINE)
+    assert re.search(
+        r"^CUDA ops +.*causal_conv1d, .*linear_scan, .*rg_lru_scan", text, re.MULTILINE
+    )
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("numba", "rich") else "1")
     monkeypatch.setattr(doctor, "cuda_driver", lambda: (12, 4))
     monkeypatch.setitem(sys.modules, "cupy", None)
