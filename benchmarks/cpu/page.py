@@ -25,8 +25,9 @@ what the machine allows. `make bench-cpu` measures all of it and writes this pag
 benchmarks.cpu s5 --threads 1` runs a part.
 
 - All implementations of a row group ran **in one process, in turns, on the same cores**; a time
-  is the best of the rounds. Compare within a group only, and read the ratios: "x ours" is a time
-  over lrnnx-core's.
+  is the best of the rounds, each begun with a pause and a call that is not counted (threads of
+  the library before it may still spin). Compare within a group only, and read the ratios:
+  "x ours" is a time over lrnnx-core's.
 - **The floor** is the time that the ceilings of the run leave: bytes moved at the speed of a
   copy, exponentials at that of `torch.exp`, products at that of a large matrix product, whichever
   is longest. The kernels' polynomial may be faster than `torch.exp`, so a time can be below it.

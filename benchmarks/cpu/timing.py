@@ -32,6 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 OURS = "lrnnx-core"
 PLAIN = "lrnnx-core, plain torch"
 SWITCH = "LRNNX_CPU_BACKEND"
+SETTLE = 0.02  # seconds of quiet before a turn
 
 
 class Way(NamedTuple):
@@ -237,7 +238,11 @@ class Session:
         self._print(name)
 
     def _turns(self, ways: dict[str, Way], rounds: int) -> dict[str, dict[str, float]]:
-        """Time every call of every way, in turns; return the best times in ms."""
+        """Time every call of every way, in turns; return the best times in ms.
+
+        Each turn begins with a pause and a call that is not counted: worker threads of the library
+        before it still spin on the cores for a while.
+        """
         calls = {
             (who, kind): call
             for who, way in ways.items()
@@ -257,6 +262,9 @@ class Session:
         try:
             for _ in range(1 if self.tiny else rounds):
                 for which, call in calls.items():
+                    if len(calls) > 1 and not self.tiny:
+                        time.sleep(SETTLE)
+                        call()
                     start = time.perf_counter()
                     for _ in range(inner[which]):
                         call()
