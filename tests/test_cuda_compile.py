@@ -7,6 +7,7 @@ Run with ``pytest -m cuda tests/test_cuda_compile.py`` on a machine with a GPU, 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lrnnx_nn import LAYERS
+from lrnnx_nn import LAYERS, Classifier, ClassifierConfig, LRNNLMHeadModel, UNet, UNetConfig
 
 pytestmark = [
     pytest.mark.cuda,
@@ -80,3 +81,38 @@ def test_evaluation_and_steps_compiled_are_eager(name: str, mode: str) -> None:
             want = layer.step(u[:, t], mine)
             assert_near(got, want)
             mine, theirs = want[1], got[1]
+
+
+NETWORKS: dict[str, Callable[[], torch.nn.Module]] = {
+    "language model, Mamba": lambda: LRNNLMHeadModel(H, N, 2, 50, ["mamba"]),
+    "language model, Griffin": lambda: LRNNLMHeadModel(
+        H, N, 3, 50, ["rglru", "rglru", "attn"], mixer_kwargs={"attn": {"n_heads": 2}}
+    ),
+    "classifier": lambda: Classifier(
+        ClassifierConfig(d_input=H, n_classes=5, layer="s4d", d_model=H, d_state=N, n_layer=2)
+    ),
+    "U-Net": lambda: UNet(UNetConfig(d_input=H, channels=(12, 8), factors=(3, 2), d_state=N)),
+}
+
+
+@MODES
+@pytest.mark.parametrize("name", NETWORKS)
+def test_whole_networks_compiled_train_as_they_do(name: str, mode: str) -> None:
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    eager = NETWORKS[name]().cuda()
+    whole = copy.deepcopy(eager)
+    compiled = torch.compile(whole, fullgraph=True, mode=mode)
+    for seed in (1, 2, 3):
+        x = inputs(seed)
+        if name.startswith("language"):
+            x = (10 * x[..., 0]).abs().long().clamp(max=49)
+        found = []
+        torch.compiler.cudagraph_mark_step_begin()
+        for call, model in ((eager, eager), (compiled, whole)):
+            model.zero_grad()
+            y = pytree.tree_leaves(call(x))[0]
+            y.sin().sum().backward()
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            found.append([t.detach().clone() for t in (y, *grads)])
+        assert_near(found[1], found[0])
