@@ -155,7 +155,7 @@ static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the launcher packs another l
 
 constexpr int ACROSS = SIDE / EACH, THREADS = ACROSS * ACROSS;
 constexpr int STATES = 32 / PARTS;  // of a chunk
-static_assert(THREADS % STATES == 0 && EACH % V == 0 && ACROSS % 8 == 0, "");
+static_assert(THREADS % STATES == 0 && EACH % V == 0 && LOW % V == 0 && ACROSS % 8 == 0, "");
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     vandermonde(const __grid_constant__ Arguments p) {
@@ -188,13 +188,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         __syncthreads();  // the exponentials are there, the tables have been read
 #pragma unroll 2
-        for (int k = threadIdx.x; k < count * SIDE; k += THREADS) {
-            const int n = k / SIDE, i = k % SIDE;
-            const T x = entry(exponentials[n], FINE, i), y = conj(entry(exponentials[n], COARSE, i));
+        for (int k = threadIdx.x; k < count * (SIDE / V); k += THREADS) {
+            const int n = k / (SIDE / V), i = k % (SIDE / V) * V;
+            const T high = exponentials[n][FINE + LOW + i / LOW];
+            const T far = exponentials[n][COARSE + LOW + i / LOW];
+            Items x[PARTS], y[PARTS];
+#pragma unroll
+            for (int b = 0; b < V; ++b) {
+                const T near = mul(exponentials[n][FINE + i % LOW + b], high);
+                const T line = conj(mul(exponentials[n][COARSE + i % LOW + b], far));
+#pragma unroll
+                for (int c = 0; c < PARTS; ++c) {
+                    x[c].item[b] = part(near, c);
+                    y[c].item[b] = part(line, c);
+                }
+            }
 #pragma unroll
             for (int c = 0; c < PARTS; ++c) {
-                fine[n * PARTS + c][i] = part(x, c);
-                coarse[n * PARTS + c][i] = part(y, c);
+                x[c].store(fine[n * PARTS + c] + i);
+                y[c].store(coarse[n * PARTS + c] + i);
             }
         }
         __syncthreads();  // the tables are there
@@ -253,7 +265,6 @@ constexpr int NUMBERS = 2 * PARTS;    // of a state: exp(j z) and j exp(j z)
 constexpr int UNITS = 8 / NUMBERS;    // states of a thread
 constexpr int STATES = UNITS * ACROSS;
 constexpr int DOWN = SIDE / EACH, THREADS = DOWN * ACROSS;
-constexpr int DEPTH = 16;  // steps whose tables are there at a time
 constexpr int WIDE = NUMBERS < V ? NUMBERS : V;
 using Unit = Pack<Real, WIDE>;
 static_assert(THREADS % STATES == 0 && EACH % V == 0 && DOWN <= DEPTH && SIDE % DEPTH == 0, "");

@@ -25,6 +25,8 @@ SHORT, MIDDLE = 2048, 8192
 ACROSS = {False: 16, True: 4}  # threads that the states of a moments block lie on, by `narrow`
 REGISTERS = 128  # of a thread
 UNROLL = 2  # steps of the innermost product
+DEPTH = {torch.float32: 32, torch.float64: 16}
+"""Steps whose tables a moments block has at a time, by the real dtype."""
 PARTS = {True: 2, False: 1}
 
 
@@ -82,7 +84,7 @@ def kernel(x: Choice) -> cuda.Kernel:
         x.step.upper(): 1,
     }
     if x.step == "moments":
-        definitions["ACROSS"] = ACROSS[x.narrow]
+        definitions |= {"ACROSS": ACROSS[x.narrow], "DEPTH": DEPTH[x.dtype.to_real()]}
     return cuda.Kernel("vandermonde.cu", ENTRIES[x.step], definitions, LAYOUTS[x.step])
 
 
