@@ -2,13 +2,13 @@
 // The short causal convolution y_t = act(bias + sum_k w_k x_{t-K+1+k}), K = TAPS, and its gradients.
 //
 // Memory contract. Sequences are (groups, rows, L, C), channels next to each other, other strides
-// any; x and grad_y are read, y and dx (contiguous) written. weight (groups, C, K) and bias
-// (groups, C) belong to a group; groups > 1 is a vmap over parameters. tail, the K - 1 samples before
-// x, and grad_last are (groups, rows, K - 1, C), steps contiguous; the new tail and dtail are
-// contiguous. reset (groups, rows, L) is bool with any strides. Null: no bias, zeros before x, no
-// reset, no dtail wanted. Forward reads x and writes y: 2 arrays. Backward reads x and grad_y and
-// writes dx: 3 arrays, plus K + 1 sums a channel and block; it recomputes the pre-activation.
-// 8 x 4096 x 2048 float32: 537 MB and 805 MB.
+// any; x, grad_y and (SECOND) what is added to grad_y are read, y (contiguous) and dx are written and
+// overlap nothing that is read. weight (groups, C, K) and bias (groups, C) belong to a group;
+// groups > 1 is a vmap over parameters. tail, the K - 1 samples before x, and grad_last are (groups,
+// rows, K - 1, C), steps contiguous; the new tail and dtail are contiguous. reset (groups, rows, L) is
+// bool with any strides. Null: no bias, zeros before x, no reset, no dtail wanted. Forward reads x and
+// writes y: 2 arrays. Backward reads x and grad_y and writes dx: 3 arrays (SECOND: 4), plus K + 1 sums
+// a channel and block; it recomputes the pre-activation. 8 x 4096 x 2048 float32: 537 and 805 MB.
 //
 // Work. A thread owns PACK neighbouring channels and walks a segment of time with the last K - 1
 // samples in registers; samples at the ends of segments are read twice or, backward, three times, by
@@ -24,10 +24,11 @@
 // operations that no launch shape changes.
 //
 // An access of PACK numbers needs C, strides and addresses to be multiples of it; weights are read 16
-// bytes at a time if `wide`. Segments have at least K - 1 steps. Items are less than 2^31.
+// bytes at a time if `wide`. Segments have at least K - 1 steps, but for a row's last. Items are less
+// than 2^31. With AHEAD the inputs of UNROLL steps are loaded while those before are computed.
 //
-// Compiled for DTYPE, WEIGHT (that of weight and bias: DTYPE or its State), TAPS, PACK, THREADS,
-// BLOCKS, UNROLL and one of FORWARD, BACKWARD, SUM (WARPS, and DTYPE the State).
+// Compiled for DTYPE, WEIGHT (that of weight and bias: DTYPE or its State), TAPS, SILU, PACK, THREADS,
+// BLOCKS, UNROLL and one of FORWARD, BACKWARD (AHEAD, SECOND), SUM (WARPS, and DTYPE the State).
 #include "elementary.cuh"
 #include "memory.cuh"
 #include "numbers.cuh"
@@ -66,7 +67,7 @@ struct Size {
     long long length, channels, rows;  // rows of a group
     long long segment, segments;       // steps of one, and how many a row has
     long long columns, column_blocks, items, tiles, span;
-    long long silu, wide;
+    long long wide;
 };
 
 // One segment: its row, its steps [first, end), its channels.
@@ -99,11 +100,25 @@ __device__ __forceinline__ const unsigned char* row_of(const Bits& x, const Plac
     return x.data + at.group * x.group + at.row * x.row;
 }
 
+__device__ __forceinline__ void widen(const Items& x, State (&to)[PACK]) {
+#pragma unroll
+    for (int v = 0; v < PACK; ++v) to[v] = widen(x.item[v]);
+}
+
 __device__ __forceinline__ Items zeros() {
     Items x;
 #pragma unroll
     for (int v = 0; v < PACK; ++v) x.item[v] = narrow<T>(State(0));
     return x;
+}
+
+// sigmoid(y). What is rounded to 16 bits needs no exponential that is right to the last of 24.
+template <class R>
+__device__ __forceinline__ R gate_of(R y) {
+    if constexpr (sizeof(T) == 2)
+        return inverse(add(R(1), power(mul(y, -LOG2E<R>))));
+    else
+        return sigmoid(y);
 }
 
 // ------------------------------------------------------------------------------ taps and window
@@ -172,7 +187,9 @@ struct Window {
 #pragma unroll
         for (int i = 0; i < BEFORE; ++i) {
             if (RESET) turn(cut[i]);
-            push(items[i]);
+            State x[PACK];
+            widen(items[i], x);
+            push(x);
         }
     }
 
@@ -184,20 +201,21 @@ struct Window {
         }
     }
 
-    __device__ __forceinline__ void push(const Items& x) {
+    __device__ __forceinline__ void push(const State (&x)[PACK]) {
 #pragma unroll
         for (int v = 0; v < PACK; ++v) {
 #pragma unroll
             for (int i = 0; i + 1 < BEFORE; ++i) sample[i][v] = sample[i + 1][v];
-            sample[PLACES - 1][v] = widen(x.item[v]);
+            sample[PLACES - 1][v] = x[v];
         }
     }
 
-    __device__ __forceinline__ State convolve(const Taps& taps, const Items& x, int v) const {
+    __device__ __forceinline__ State convolve(const Taps& taps, const State (&x)[PACK],
+                                              int v) const {
         State sum = taps.bias[v];
 #pragma unroll
         for (int i = 0; i < BEFORE; ++i) sum = fma(taps.weight[i][v], sample[i][v], sum);
-        return fma(taps.weight[BEFORE][v], State(widen(x.item[v])), sum);
+        return fma(taps.weight[BEFORE][v], x[v], sum);
     }
 };
 
@@ -230,15 +248,15 @@ struct Arguments {
 };
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the launcher packs another layout");
 
-__device__ __forceinline__ Items step(Window& window, const Taps& taps, const Items& x,
-                                      bool silu) {
-    State sum[PACK];
+__device__ __forceinline__ Items step(Window& window, const Taps& taps, const Items& items) {
+    State x[PACK], sum[PACK];
+    widen(items, x);
 #pragma unroll
     for (int v = 0; v < PACK; ++v) sum[v] = window.convolve(taps, x, v);
     window.push(x);
-    if (silu) {
+    if (SILU) {
 #pragma unroll
-        for (int v = 0; v < PACK; ++v) sum[v] = mul(sum[v], sigmoid(sum[v]));
+        for (int v = 0; v < PACK; ++v) sum[v] = mul(sum[v], gate_of(sum[v]));
     }
     Items y;
 #pragma unroll
@@ -249,7 +267,6 @@ __device__ __forceinline__ Items step(Window& window, const Taps& taps, const It
 template <bool RESET>
 __device__ __forceinline__ void walk(const Arguments& p, const Taps& taps, const Place& at) {
     const Size& size = p.size;
-    const bool silu = size.silu;
     Window window;
     window.fill<RESET>(p.x, p.tail, p.reset, at, size);
     const T* x = row_of(p.x, at) + at.first * p.x.time;
@@ -272,7 +289,7 @@ __device__ __forceinline__ void walk(const Arguments& p, const Taps& taps, const
 #pragma unroll
         for (int j = 0; j < UNROLL; ++j) {
             if (RESET) window.turn(cut[j]);
-            step(window, taps, items[j], silu).store(y);
+            step(window, taps, items[j]).store(y);
             y += size.channels;
         }
     }
@@ -282,7 +299,7 @@ __device__ __forceinline__ void walk(const Arguments& p, const Taps& taps, const
             window.turn(*reset);
             reset += p.reset.time;
         }
-        step(window, taps, Items::load(x), silu).store(y);
+        step(window, taps, Items::load(x)).store(y);
         x += p.x.time;
         y += size.channels;
     }
@@ -316,12 +333,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #endif
 
 #ifdef BACKWARD
+#if __CUDA_ARCH__ >= 1000  // where the compiler needs more registers for the same steps
+constexpr int TOGETHER = (UNROLL + 1) / 2;
+#else
+constexpr int TOGETHER = UNROLL;
+#endif
+
+struct Target {
+    T* data;
+    long long group, row, time;
+};
+
 struct Arguments {
-    Sequence g, x;
+    Sequence g, g2, x;
     Tail g_last, tail;
     Parameter weight, bias;
     Bits reset;
-    T *dx, *dtail;
+    Target dx;
+    T* dtail;
     State* partial;
     Size size;
 };
@@ -379,45 +408,96 @@ struct Pending {
 // Where dx goes: to dx, to dtail if the sample lies before x, nowhere if it is a neighbour's.
 struct Output {
     T *dx, *dtail;
-    long long sample, first, channels;
+    long long time, channels;
+    int left;  // samples before the segment's first
 
     __device__ __forceinline__ Output(const Arguments& p, const Place& at) {
         channels = p.size.channels;
-        sample = at.first - BEFORE;
-        first = at.first;
-        dx = p.dx + (at.batch * p.size.length + sample) * channels + at.channel;
+        time = p.dx.time;
+        left = BEFORE;
+        dx = p.dx.data + at.group * p.dx.group + at.row * p.dx.row + at.first * time + at.channel;
         dtail = at.first == 0 ? p.dtail : nullptr;
         if (dtail) dtail += at.batch * BEFORE * channels + at.channel;
     }
 
+    // INSIDE: the sample is known to be one of the segment.
+    template <bool INSIDE>
     __device__ __forceinline__ void next(const State (&done)[PACK]) {
         Items out;
 #pragma unroll
         for (int v = 0; v < PACK; ++v) out.item[v] = narrow<T>(done[v]);
-        if (sample >= first) {
+        if (INSIDE || left == 0) {
             out.store(dx);
-        } else if (dtail && sample < 0) {
+            dx += time;
+            return;
+        }
+        --left;
+        if (dtail) {
             out.store(dtail);
             dtail += channels;
         }
-        dx += channels;
-        ++sample;
+    }
+};
+
+// What a step reads: x, the gradient of y, and where SECOND what is added to that.
+struct Read {
+    Items x, grad, more;
+    bool cut;
+};
+
+template <bool RESET>
+struct Reader {
+    const T *x, *grad, *more;
+    const unsigned char* reset;
+    const Arguments& p;
+
+    __device__ __forceinline__ Reader(const Arguments& arguments, const Place& at)
+        : x(row_of(arguments.x, at) + at.first * arguments.x.time),
+          grad(row_of(arguments.g, at) + at.first * arguments.g.time),
+          more(row_of(arguments.g2, at) + at.first * arguments.g2.time),
+          reset(row_of(arguments.reset, at) + at.first * arguments.reset.time), p(arguments) {}
+
+    // The next steps, `count` of them.
+    template <int STEPS>
+    __device__ __forceinline__ void read(Read (&to)[STEPS], int count = STEPS) {
+#pragma unroll
+        for (int j = 0; j < STEPS; ++j) {
+            to[j].cut = false;
+            if (j >= count) continue;
+            to[j].x = Items::load(x);
+            to[j].grad = Items::load(grad);
+            x += p.x.time;
+            grad += p.g.time;
+            if (SECOND) {
+                to[j].more = Items::load(more);
+                more += p.g2.time;
+            }
+            if (RESET) {
+                to[j].cut = *reset;
+                reset += p.reset.time;
+            }
+        }
     }
 };
 
 // One step of the walk; with COUNT it adds to the sums of the parameters.
-template <bool RESET, bool COUNT>
-__device__ __forceinline__ void step(const Items& x, const Items& grad, bool cut, bool silu,
-                                     const Taps& taps, Window& window, Pending& pending,
-                                     Sums& sums, Output& output) {
-    if (RESET) window.turn(cut);
-    State g[PACK], done[PACK];
+template <bool RESET, bool COUNT, bool INSIDE>
+__device__ __forceinline__ void step(const Read& read, const Taps& taps, Window& window,
+                                     Pending& pending, Sums& sums, Output& output) {
+    if (RESET) window.turn(read.cut);
+    State x[PACK], g[PACK], done[PACK];
+    widen(read.x, x);
+    widen(read.grad, g);
+    if (SECOND) {
+        State more[PACK];
+        widen(read.more, more);
 #pragma unroll
-    for (int v = 0; v < PACK; ++v) g[v] = widen(grad.item[v]);
-    if (silu) {
+        for (int v = 0; v < PACK; ++v) g[v] = add(g[v], more[v]);
+    }
+    if (SILU) {
 #pragma unroll
         for (int v = 0; v < PACK; ++v) {
-            const State y = window.convolve(taps, x, v), gate = sigmoid(y);
+            const State y = window.convolve(taps, x, v), gate = gate_of(y);
             g[v] = mul(g[v], mul(gate, fma(y, add(State(1), -gate), State(1))));
         }
     }
@@ -427,13 +507,13 @@ __device__ __forceinline__ void step(const Items& x, const Items& grad, bool cut
 #pragma unroll
             for (int i = 0; i < BEFORE; ++i)
                 sums.weight[i][v] = fma(g[v], window.sample[i][v], sums.weight[i][v]);
-            sums.weight[BEFORE][v] = fma(g[v], State(widen(x.item[v])), sums.weight[BEFORE][v]);
+            sums.weight[BEFORE][v] = fma(g[v], x[v], sums.weight[BEFORE][v]);
             sums.bias[v] = add(sums.bias[v], g[v]);
         }
     }
     window.push(x);
     pending.send<RESET>(done, g, taps, window.age);
-    output.next(done);
+    output.next<INSIDE>(done);
 }
 
 template <bool RESET>
@@ -443,63 +523,57 @@ __device__ __forceinline__ void walk(const Arguments& p, const Taps& taps, const
     Window window;
     Pending pending;
     Output output(p, at);
-    const bool silu = size.silu;
+    Reader<RESET> reader(p, at);
+    const int steps = int(at.end - at.first);
+    Read reads[TOGETHER];
+    if (AHEAD && steps >= TOGETHER) reader.read(reads);
     window.fill<RESET>(p.x, p.tail, p.reset, at, size);
     pending.clear();
-    const T* x = row_of(p.x, at) + at.first * p.x.time;
-    const T* grad = row_of(p.g, at) + at.first * p.g.time;
-    const unsigned char* reset = RESET ? row_of(p.reset, at) + at.first * p.reset.time : nullptr;
-    long long t = at.first;
+    int t = 0;
 #pragma unroll 1
-    for (; t + UNROLL <= at.end; t += UNROLL) {
-        Items items[UNROLL], grads[UNROLL];
-        bool cut[UNROLL];
+    for (; t + TOGETHER <= steps; t += TOGETHER) {
+        if (!AHEAD) reader.read(reads);
+        Read now[TOGETHER];
 #pragma unroll
-        for (int j = 0; j < UNROLL; ++j) {
-            items[j] = Items::load(x);
-            grads[j] = Items::load(grad);
-            x += p.x.time;
-            grad += p.g.time;
-            cut[j] = false;
-            if (RESET) {
-                cut[j] = *reset;
-                reset += p.reset.time;
-            }
+        for (int j = 0; j < TOGETHER; ++j) now[j] = reads[j];
+        if (AHEAD && t + 2 * TOGETHER <= steps) reader.read(reads);
+        if (t >= BEFORE) {
+#pragma unroll
+            for (int j = 0; j < TOGETHER; ++j)
+                step<RESET, true, true>(now[j], taps, window, pending, sums, output);
+        } else {
+#pragma unroll
+            for (int j = 0; j < TOGETHER; ++j)
+                step<RESET, true, false>(now[j], taps, window, pending, sums, output);
         }
-#pragma unroll
-        for (int j = 0; j < UNROLL; ++j)
-            step<RESET, true>(items[j], grads[j], cut[j], silu, taps, window, pending, sums,
-                              output);
     }
 #pragma unroll 1
-    for (; t < at.end; ++t) {
-        step<RESET, true>(Items::load(x), Items::load(grad), RESET && *reset, silu, taps, window,
-                          pending, sums, output);
-        x += p.x.time;
-        grad += p.g.time;
-        if (RESET) reset += p.reset.time;
+    for (; t < steps; ++t) {
+        Read one[1];
+        reader.read(one);
+        step<RESET, true, false>(one[0], taps, window, pending, sums, output);
     }
     // The K - 1 steps after the segment: they see its samples; after the last step, the new tail.
+    Read after[PLACES];
+    const long long remaining = size.length - at.end;
+    const int seen = remaining < BEFORE ? int(remaining) : BEFORE;
+    reader.read(after, seen);
     const T* last = row_of(p.g_last, at);
-#pragma unroll 1
-    for (int i = 0; i < BEFORE; ++i, ++t) {
-        if (t < size.length) {
-            step<RESET, false>(Items::load(x), Items::load(grad), RESET && *reset, silu, taps,
-                               window, pending, sums, output);
-            x += p.x.time;
-            grad += p.g.time;
-            if (RESET) reset += p.reset.time;
-        } else {
-            const long long entry = t - size.length;
-            const Items g = Items::load(last + entry * size.channels);
-            State done[PACK];
-            pending.send_nothing(done);
-            if (!RESET || BEFORE - 1 - entry <= window.age) {
 #pragma unroll
-                for (int v = 0; v < PACK; ++v) done[v] = add(done[v], State(widen(g.item[v])));
-            }
-            output.next(done);
+    for (int i = 0; i < BEFORE; ++i) {
+        if (i < seen) {
+            step<RESET, false, false>(after[i], taps, window, pending, sums, output);
+            continue;
         }
+        const int entry = i - int(remaining);
+        const Items g = Items::load(last + entry * size.channels);
+        State done[PACK];
+        pending.send_nothing(done);
+        if (!RESET || BEFORE - 1 - entry <= window.age) {
+#pragma unroll
+            for (int v = 0; v < PACK; ++v) done[v] = add(done[v], State(widen(g.item[v])));
+        }
+        output.next<false>(done);
     }
 }
 

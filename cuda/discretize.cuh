@@ -61,20 +61,37 @@ __device__ __forceinline__ Complex<R> scale_add(Complex<R> x, R y, Complex<R> z)
 }
 
 // sum_k x^k (k + 1)/(k + 2)!, the derivative of phi1, for |x| < 1/2
-template <class State, class R>
-__device__ __forceinline__ State phi1_slope_series(State x) {
-    constexpr int TERMS = sizeof(R) == 4 ? 8 : 15;
-    constexpr double C[15] = {1.0 / 2,         1.0 / 3,          1.0 / 8,          1.0 / 30,
-                              1.0 / 144,       1.0 / 840,        1.0 / 5760,       1.0 / 45360,
-                              1.0 / 403200,    1.0 / 3991680,    1.0 / 43545600,   1.0 / 518918400,
-                              1.0 / 6706022400.0, 1.0 / 93405312000.0, 1.0 / 1394852659200.0};
-    State p = Constant<State>::zero();
-#pragma unroll
-    for (int k = TERMS - 1; k >= 0; --k) {
-        p = mul(p, x);
-        p = add(p, scale(Constant<State>::one(), R(C[k])));
+template <class R>
+struct Phi1Slope {
+    static constexpr int TERMS = sizeof(R) == 4 ? 8 : 15;
+    static __device__ __forceinline__ R term(int k) {
+        constexpr double C[15] = {1.0 / 2,         1.0 / 3,          1.0 / 8,          1.0 / 30,
+                                  1.0 / 144,       1.0 / 840,        1.0 / 5760,       1.0 / 45360,
+                                  1.0 / 403200,    1.0 / 3991680,    1.0 / 43545600,   1.0 / 518918400,
+                                  1.0 / 6706022400.0, 1.0 / 93405312000.0, 1.0 / 1394852659200.0};
+        return R(C[k]);
     }
+};
+template <class R>
+__device__ __forceinline__ R phi1_slope_series(R x) {
+    R p = R(0);
+#pragma unroll
+    for (int k = Phi1Slope<R>::TERMS - 1; k >= 0; --k) p = add(mul(p, x), Phi1Slope<R>::term(k));
     return p;
+}
+// The remainder of the division by (z - x)(z - conj x), whose coefficients are real, at z = x.
+template <class R>
+__device__ __forceinline__ Complex<R> phi1_slope_series(Complex<R> x) {
+    const R trace = add(x.re, x.re), norm = fma(x.re, x.re, mul(x.im, x.im));
+    constexpr int LAST = Phi1Slope<R>::TERMS - 1;
+    R high = Phi1Slope<R>::term(LAST), low = fma(trace, high, Phi1Slope<R>::term(LAST - 1));
+#pragma unroll
+    for (int k = LAST - 2; k > 0; --k) {
+        const R next = fma(trace, low, fma(-norm, high, Phi1Slope<R>::term(k)));
+        high = low;
+        low = next;
+    }
+    return {fma(low, x.re, fma(-norm, high, Phi1Slope<R>::term(0))), mul(low, x.im)};
 }
 
 // ------------------------------------------------------------------------------ real A
@@ -121,7 +138,7 @@ struct Pole {
         if constexpr (SCHEME == ZOH) {
             const R y = mul(di, a);
             s.gain_dt = SPLIT ? exponential(y) : f.decay;
-            const R series = mul(mul(di, di), phi1_slope_series<R, R>(y));
+            const R series = mul(mul(di, di), phi1_slope_series(y));
             const R closed = mul(fma(di, s.gain_dt, -f.gain), inv);
             s.gain_A = fabs(y) < R(0.5) ? series : closed;
         } else if constexpr (SCHEME == BILINEAR) {
@@ -152,14 +169,15 @@ struct Pole<Complex<R>> {
     R turns_rest;
 #endif
 
+    // A = 0 is taken as a number so small that its exponential is 1 and the gain its step.
     __device__ __forceinline__ explicit Pole(State A = Constant<State>::zero()) {
-        a = A;
+        const bool zero = A.re == 0 && A.im == 0;
+        a = zero ? State{R(sizeof(R) == 4 ? 0x1p-40 : 0x1p-100), R(0)} : A;
         turns = R(double(A.im) * 0.15915494309189533577);
 #ifdef EXACT_ANGLES
         turns_rest = R(__fma_rn(double(A.im), 0.15915494309189533577, -double(turns)));
 #endif
-        const bool zero = A.re == 0 && A.im == 0;
-        inv = zero ? A : inverse(A);
+        inv = inverse(a);
     }
 
     static __device__ __forceinline__ R unscale(R sum) { return sum; }
@@ -180,6 +198,18 @@ struct Pole<Complex<R>> {
 #endif
     }
 
+    // The sine of dt Im A, and one less its cosine.
+    __device__ __forceinline__ void sine_and_bend(R dt, R& sine, R& bend) const {
+#ifdef EXACT_ANGLES
+        R s, c;
+        sine_cosine(dt, 2, s, c);
+        sine = mul(R(2) * s, c);
+        bend = mul(R(2) * s, s);
+#else
+        sine_and_bend_of_turns(mul(dt, turns), sine, bend);
+#endif
+    }
+
     // exp(dt A)
     __device__ __forceinline__ State exponential_of(R dt) const {
         R s, c;
@@ -194,15 +224,12 @@ struct Pole<Complex<R>> {
             f.decay = exponential_of(dd);
             f.gain = Constant<State>::one();
         } else if constexpr (SCHEME == ZOH) {
-            // e^y - 1 from half of the angle: nothing cancels
-            R s, c;
-            sine_cosine(di, 2, s, c);
-            const R e = exponential_minus_one(mul(di, a.re)), bend = mul(R(2) * s, s);
-            const R sine = mul(R(2) * s, c);
+            const R e = exponential_minus_one(mul(di, a.re));
+            R sine, bend;
+            sine_and_bend(di, sine, bend);
             const State less = {fma(e, add(R(1), -bend), -bend), fma(e, sine, sine)};
             f.decay = SPLIT ? exponential_of(dd) : State{add(less.re, R(1)), less.im};
-            const bool still = (a.re == 0 && a.im == 0) || di == 0;
-            f.gain = still ? State{di, R(0)} : mul(less, inv);
+            f.gain = mul(less, inv);
         } else {
             const State x = {mul(dd, mul(a.re, R(0.5))), mul(dd, mul(a.im, R(0.5)))};
             const State q = inverse(State{add(R(1), -x.re), -x.im});
@@ -224,7 +251,7 @@ struct Pole<Complex<R>> {
         if constexpr (SCHEME == ZOH) {
             const State y = scale(a, di);
             s.gain_dt = SPLIT ? exponential_of(di) : f.decay;
-            const State series = scale(phi1_slope_series<State, R>(y), mul(di, di));
+            const State series = scale(phi1_slope_series(y), mul(di, di));
             const State closed =
                 mul(scale_add(s.gain_dt, di, State{-f.gain.re, -f.gain.im}), inv);
             const bool small = fma(y.re, y.re, mul(y.im, y.im)) < R(0.25);

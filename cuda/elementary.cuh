@@ -86,3 +86,29 @@ __device__ __forceinline__ void sine_cosine_of_turns(float x, float& s, float& c
 __device__ __forceinline__ void sine_cosine_of_turns(double x, double& s, double& c) {
     sincospi(x, &s, &c);
 }
+
+// sin(2 pi x) and 1 - cos(2 pi x) from half of the angle: nothing cancels, but the signs of its sine and
+// cosine do. Polynomials in r^2 <= 1/4 fitted at Chebyshev points.
+__device__ __forceinline__ void sine_and_bend_of_turns(float x, float& sine, float& bend) {
+    const float r = add(x, -rintf(x)), t = mul(r, r);
+    float s = 0.0776576623f;
+    s = fma(s, t, -0.598291278f);
+    s = fma(s, t, 2.55007744f);
+    s = fma(s, t, -5.1677103f);
+    s = fma(r, 3.14159274f, mul(fma(s, t, -8.74227766e-8f), r));  // pi in two parts
+    float c = -0.0246275142f;
+    c = fma(c, t, 0.235074565f);
+    c = fma(c, t, -1.33524001f);
+    c = fma(c, t, 4.05871153f);
+    c = fma(c, t, -4.93480206f);
+    c = fma(c, t, 1.0f);
+    const float twice = add(s, s);
+    sine = mul(twice, c);
+    bend = mul(twice, s);
+}
+__device__ __forceinline__ void sine_and_bend_of_turns(double x, double& sine, double& bend) {
+    double s, c;
+    sincospi(x, &s, &c);
+    sine = mul(2 * s, c);
+    bend = mul(2 * s, s);
+}

@@ -13,8 +13,8 @@
 // ROWS, OUTPUTS, THREADS, UNROLL and the width of loads change no bit.
 //
 // Compiled for DTYPE, VECTOR, GROUP (a power of two), OUTPUTS, ROWS, UNROLL, THREADS (a multiple of
-// GROUP and of a warp) and WIDE: VECTOR numbers at a time, which asks for alignment. Overlaps the kernel
-// before.
+// GROUP and of a warp), WIDE: VECTOR numbers at a time, which asks for alignment, and SETTLED: no kernel
+// in flight writes the weight, of which the first pieces are asked for ahead. Overlaps the kernel before.
 #include "memory.cuh"
 #include "numbers.cuh"
 
@@ -31,7 +31,7 @@ struct Arguments {
 static_assert(sizeof(Arguments) == ARGUMENT_BYTES, "the launcher packs another layout");
 
 constexpr int LANES = GROUP < 32 ? GROUP : 32, WARPS = GROUP / LANES, GROUPS = THREADS / GROUP;
-constexpr bool EARLY = ROWS <= 2;  // x is asked for together with the weight
+constexpr bool EARLY = ROWS <= 2 || OUTPUTS <= 2;  // x is asked for together with the weight
 
 __device__ __forceinline__ Piece fetch(const T* from) {
     if constexpr (WIDE) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ Piece fetch_once(const T* from) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     linear_step(const __grid_constant__ Arguments p) {
-    overlap_previous();
+    let_next_begin();
     const int member = threadIdx.x % GROUP, group = threadIdx.x / GROUP;
     const long long first = (blockIdx.x * (long long)GROUPS + group) * OUTPUTS;
     const long long pieces = p.inputs / VECTOR;
@@ -79,15 +79,30 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) sum[o][r] = State(0);
 
+    Piece w[UNROLL][OUTPUTS];
+    const auto ask = [&](int i, long long at) {
+#pragma unroll
+        for (int o = 0; o < OUTPUTS; ++o) w[i][o] = fetch_once(weight[o] + at);
+    };
+    const auto ask_all = [&](long long start) {
+#pragma unroll
+        for (int i = 0; i < UNROLL; ++i) {
+            const long long at = (start + i * GROUP) * VECTOR;
+            if (at < p.inputs) ask(i, at);
+        }
+    };
+    if constexpr (SETTLED) ask_all(member);
+    await_previous();
+
 #pragma unroll 1
     for (long long start = member; start < pieces; start += UNROLL * GROUP) {
-        Piece w[UNROLL][OUTPUTS], early[EARLY ? UNROLL : 1][EARLY ? ROWS : 1];
+        Piece early[EARLY ? UNROLL : 1][EARLY ? ROWS : 1];
+        if (SETTLED && start != member) ask_all(start);
 #pragma unroll
         for (int i = 0; i < UNROLL; ++i) {
             const long long at = (start + i * GROUP) * VECTOR;
             if (at < p.inputs) {
-#pragma unroll
-                for (int o = 0; o < OUTPUTS; ++o) w[i][o] = fetch_once(weight[o] + at);
+                if constexpr (!SETTLED) ask(i, at);
                 if constexpr (EARLY) {
 #pragma unroll
                     for (int r = 0; r < ROWS; ++r) early[i][r] = fetch(x[r] + at);

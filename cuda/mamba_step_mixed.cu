@@ -13,38 +13,46 @@
 // in order. OUTPUTS and ROWS change no bit.
 //
 // Compiled for DTYPE, TAPS, VECTOR, OUTPUTS and ROWS (powers of two, their product at most 32). Overlaps
-// the kernel before.
+// the kernel before, and lets mamba_step begin once that has ended.
 #include "mamba_step.cuh"
 
 constexpr int SUMS = OUTPUTS * ROWS, SHARE = 32 / SUMS, WARPS = 8;
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     mamba_step_mixed(const __grid_constant__ Arguments p) {
-    overlap_previous();
-    const long long tile = blockIdx.x / unsigned(p.tiles);
-    const long long row = tile * ROWS, outputs = p.rank + 2 * p.states;
-    const long long first = (blockIdx.x - tile * p.tiles) * OUTPUTS;
+    await_previous();
+    let_next_begin();  // only now: mamba_step reads, before it waits, what came before this kernel
+    const unsigned tile = blockIdx.x / unsigned(p.tiles);
+    const long long row = (long long)tile * ROWS;
+    const int channels = int(p.channels), outputs = int(p.rank + 2 * p.states);
+    const int first = int(blockIdx.x - tile * unsigned(p.tiles)) * OUTPUTS;
     const int rows = p.batch - row < ROWS ? int(p.batch - row) : ROWS;
+    const T* before = p.conv + row * (TAPS - 1) * channels;
+    const T* now = p.xz + row * 2 * channels;
 
     State sum[SUMS];
 #pragma unroll
     for (int i = 0; i < SUMS; ++i) sum[i] = State(0);
 
 #pragma unroll 1
-    for (long long channel = threadIdx.x * VECTOR; channel < p.channels;
-         channel += blockDim.x * VECTOR) {
-        Pack<T, VECTOR> w[OUTPUTS], weight[TAPS], bias;
+    for (int channel = threadIdx.x * VECTOR; channel < channels; channel += blockDim.x * VECTOR) {
+        Pack<T, VECTOR> w[OUTPUTS];
+        Taps<VECTOR> taps;
 #pragma unroll
         for (int o = 0; o < OUTPUTS; ++o) {
-            const long long n = first + o < outputs ? first + o : outputs - 1;
-            w[o] = Pack<T, VECTOR>::load(p.x_proj + n * p.channels + channel);
+            const int n = first + o < outputs ? first + o : outputs - 1;
+            w[o] = Pack<T, VECTOR>::load(p.x_proj + n * channels + channel);
         }
-        load_weights(p, channel, weight, bias);
+        taps.load(p, channel);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
+            const int at = r < rows ? r : 0;
             Pack<T, VECTOR> seen[TAPS];
+            load_samples(before + at * (TAPS - 1) * channels + channel,
+                         now + at * 2 * channels + channel, channels, seen);
             State v[VECTOR];
-            convolve(p, row + (r < rows ? r : 0), channel, weight, bias, seen, v);
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) v[i] = taps.output(seen, i);
 #pragma unroll
             for (int o = 0; o < OUTPUTS; ++o)
 #pragma unroll
@@ -76,11 +84,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     __syncthreads();
     if (threadIdx.x >= SUMS) return;
     const int r = threadIdx.x % ROWS;
-    const long long n = first + threadIdx.x / ROWS;
+    const int n = first + threadIdx.x / ROWS;
     if (r >= rows || n >= outputs) return;
     State total = partial[0][threadIdx.x];
     for (int i = 1; i < blockDim.x / 32; ++i) total = add(total, partial[i][threadIdx.x]);
-    const long long in_B = n - p.rank, in_C = in_B - p.states;
-    const long long column = in_B < 0 ? n : in_C < 0 ? p.B_at + in_B : p.C_at + in_C;
-    p.mixed[(row + r) * p.pitch + column] = total;
+    p.mixed[(row + r) * p.pitch + column(p, n)] = total;
 }

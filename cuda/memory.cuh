@@ -40,6 +40,33 @@ struct Pack {
     }
 
     __device__ __forceinline__ void store(T* p) const { *reinterpret_cast<Word*>(p) = word; }
+
+    // `load` from global memory of what nobody else reads: it pushes nothing out of the L1 cache.
+    static __device__ __forceinline__ Pack load_once(const T* p) {
+        if constexpr (sizeof(Word) == 16) {
+            Pack x;
+            uint4& w = *reinterpret_cast<uint4*>(&x.word);
+            asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                         : "l"(p));
+            return x;
+        } else {
+            return load(p);
+        }
+    }
+
+    // `store` to global memory, in one access for certain: the compiler may take that one apart.
+    __device__ __forceinline__ void put(T* p) const {
+        if constexpr (sizeof(Word) == 16)
+            asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(word.x),
+                         "r"(word.y), "r"(word.z), "r"(word.w)
+                         : "memory");
+        else if constexpr (sizeof(Word) == 8)
+            asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(word.x), "r"(word.y)
+                         : "memory");
+        else
+            store(p);
+    }
 };
 
 // ------------------------------------------------------------------------------ global to shared

@@ -519,7 +519,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
 // ------------------------------------------------------------------------------ backward
 
-#ifdef BACKWARD
+#if defined(BACKWARD) || defined(FREE)
 struct Arguments {
     Common in;
     Sequence u, g;
@@ -691,6 +691,24 @@ static_assert(sizeof(Shared) == SHARED_BYTES, "the launcher gives another amount
 
 extern __shared__ uint4 arena[];
 
+// What the sweep of g_last begins with.
+__device__ __forceinline__ void begin_free(const Arguments& p, const Place& at, State (&m)[S], State (&r)[S],
+                                           long long all, long long index) {
+    const Size& size = p.in.size;
+    if (p.starts) {
+        at.read(m, p.starts, size, 2 * all + index);
+        at.read(r, p.starts, size, 3 * all + index);
+        return;
+    }
+    at.read(m, p.g_last, size, at.row);
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+        m[i] = conj(m[i]);
+        r[i] = Number::zero();
+    }
+}
+
+#ifdef BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     s4d_scan_backward(const __grid_constant__ Arguments p) {
     Shared& shared = *reinterpret_cast<Shared*>(arena);
@@ -720,17 +738,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         body.da[i] = Number::zero();
     }
     totals.clear();
-    if (p.starts) {
-        at.read(body.m, p.starts, size, 2 * all + index);
-        at.read(body.r, p.starts, size, 3 * all + index);
-    } else {
-        at.read(body.m, p.g_last, size, at.row);
-#pragma unroll
-        for (int i = 0; i < S; ++i) {
-            body.m[i] = conj(body.m[i]);
-            body.r[i] = Number::zero();
-        }
-    }
+    begin_free(p, at, body.m, body.r, all, index);
     bool some = false;
 #pragma unroll
     for (int i = 0; i < S; ++i) some = some || !is_zero(body.m[i]) || !is_zero(body.r[i]);
@@ -745,6 +753,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     at.write(p.da, body.da, size, index);
     fill_rest(p.du, at, size);
 }
+#endif
+
+// The sweep of g_last alone, after s4d_chunks_backward: adds to du and da.
+#ifdef FREE
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    s4d_scan_free(const __grid_constant__ Arguments p) {
+    Shared& shared = *reinterpret_cast<Shared*>(arena);
+    const Size& size = p.in.size;
+    const long long unit = unit_of();
+    if (unit >= size.units) return;
+    const Place at(p.in, unit);
+    const long long all = size.units / size.groups, index = at.row * size.segments + at.segment;
+    State a[S], m[S], r[S], da[S];
+    begin_free(p, at, m, r, all, index);
+    bool some = false;
+#pragma unroll
+    for (int i = 0; i < S; ++i) some = some || !is_zero(m[i]) || !is_zero(r[i]);
+    if (!__any_sync(~0u, some)) return;
+    const Totals totals{shared.totals + threadIdx.x};
+    totals.clear();
+    at.read(a, p.in.a, size, at.row / size.alike);
+#pragma unroll
+    for (int i = 0; i < S; ++i) da[i] = Number::zero();
+    {
+        Free free{at, totals, a, m, r, da, Output(p.du, at, size, true)};
+        Copy<true> copies[] = {{p.u, at, size, bool(size.wide & 1)}};
+        walk<1, true>(free, shared.tiles[threadIdx.x >> 5], copies, at, p.in.reset);
+    }
+    totals.take(da, 0);
+    State before[S];
+    at.read(before, p.da, size, index);
+#pragma unroll
+    for (int i = 0; i < S; ++i) before[i] = add(before[i], conj(da[i]));
+    at.write(p.da, before, size, index);
+}
+#endif
 #endif
 
 // ------------------------------------------------------------------------------ segments

@@ -223,6 +223,22 @@ struct Row {
 
 __device__ __forceinline__ State widen_matrix(Matrix x) { return widen(x); }
 
+// COUNT numbers of B or C in shared memory, as states, by all threads of the block.
+template <int COUNT>
+__device__ __forceinline__ void widen_rows(State* to, const Matrix* from) {
+    static_assert(COUNT % PIECE == 0, "pieces of 16 bytes of states");
+#pragma unroll
+    for (int l = 0; l < (COUNT / PIECE + THREADS - 1) / THREADS; ++l) {
+        const int i = (l * THREADS + threadIdx.x) * PIECE;
+        if ((COUNT / PIECE) % THREADS && i >= COUNT) break;
+        const Pack<Matrix, PIECE> x = Pack<Matrix, PIECE>::load(from + i);
+        Pack<State, PIECE> y;
+#pragma unroll
+        for (int v = 0; v < PIECE; ++v) y.item[v] = widen_matrix(x.item[v]);
+        y.store(to + i);
+    }
+}
+
 // A varying one, from its row in shared memory.
 __device__ __forceinline__ void load_row(Row<true>& x, const State* row) {
 #pragma unroll
@@ -276,13 +292,18 @@ struct Deltas {
     Real raw, delta, own, dd, di;  // own: the decay's step before tau
 };
 
+// Everything after `raw` and `delta`.
+__device__ __forceinline__ void finish_deltas(Deltas& d, Real decay, Real tau) {
+    d.own = DECAY ? decay : d.delta;
+    d.dd = TIMED ? mul(tau, d.own) : d.own;
+    d.di = TIMED && !STATE_ONLY ? mul(tau, d.delta) : d.delta;
+}
+
 __device__ __forceinline__ Deltas deltas(Real dt, Real bias, Real decay, Real tau) {
     Deltas d;
     d.raw = add(dt, bias);
     d.delta = SOFTPLUS ? softplus(d.raw) : d.raw;
-    d.own = DECAY ? decay : d.delta;
-    d.dd = TIMED ? mul(tau, d.own) : d.own;
-    d.di = TIMED && !STATE_ONLY ? mul(tau, d.delta) : d.delta;
+    finish_deltas(d, decay, tau);
     return d;
 }
 
@@ -300,7 +321,7 @@ __device__ __forceinline__ State drive(const Factors<State>& f, State B, Real x)
 }
 
 // One step of a lane's states.
-__device__ __forceinline__ void advance(State (&h)[PACK][S], State (&decay)[PACK][S],
+__device__ __forceinline__ void advance(State (&h)[PACK][S], Factors<State> (&factors)[PACK][S],
                                         const Pole<State> (&pole)[PACK][S],
                                         const Row<B_VARIES>& B, const Step* steps, bool cut) {
 #pragma unroll
@@ -311,7 +332,7 @@ __device__ __forceinline__ void advance(State (&h)[PACK][S], State (&decay)[PACK
             const Factors<State> f = pole[c][s].factors(step.dd, step.di());
             if (cut) h[c][s] = Number::zero();
             h[c][s] = fma(f.decay, h[c][s], drive(f, B.at(c, s), step.x));
-            decay[c][s] = f.decay;
+            factors[c][s] = f;
         }
     }
 }

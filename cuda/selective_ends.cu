@@ -97,9 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         commit();
         const Stage& stage = shared.stage[now];
         now = now == STAGES - 1 ? 0 : now + 1;
-        if (WIDEN && B_VARIES)
-            for (int i = threadIdx.x; i < TILE * N; i += THREADS)
-                shared.B[i] = widen_matrix(stage.B[i]);
+        if (WIDEN && B_VARIES) widen_rows<TILE * N>(shared.B, stage.B);
         Step* steps = shared.steps[me.warp];
         const int count = at.length - first < TILE ? int(at.length - first) : TILE;
         if (count == TILE)

@@ -97,12 +97,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         const Stage& stage = shared.stage[now];
         now = now == STAGES - 1 ? 0 : now + 1;
 
-        if (WIDEN && (B_VARIES || C_VARIES)) {
-            for (int i = threadIdx.x; i < TILE * N; i += THREADS) {
-                if (B_VARIES) shared.B[i] = widen_matrix(stage.B[i]);
-                if (C_VARIES) shared.C[i] = widen_matrix(stage.C[i]);
-            }
-        }
+        if (WIDEN && B_VARIES) widen_rows<TILE * N>(shared.B, stage.B);
+        if (WIDEN && C_VARIES) widen_rows<TILE * N>(shared.C, stage.C);
         Step* steps = shared.steps[me.warp];
         Real* out = shared.y[me.warp];
         const int count = at.length - first < TILE ? int(at.length - first) : TILE;
@@ -133,8 +129,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 const int t = t0 + q;
                 load_row(B, Bs + t * N + me.first);
                 load_row(C, Cs + t * N + me.first);
-                State decay[PACK][S];
-                advance(h, decay, pole, B, at_lane + t * W, RESET && cleared >> (first + t) % CHUNK & 1);
+                Factors<State> factors[PACK][S];
+                advance(h, factors, pole, B, at_lane + t * W, RESET && cleared >> (first + t) % CHUNK & 1);
 #pragma unroll
                 for (int c = 0; c < PACK; ++c) sums[q * PACK + c] = dot(C, h[c], c);
             }

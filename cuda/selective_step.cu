@@ -18,6 +18,10 @@
 // Compiled for DTYPE, STATE, B_TYPE, C_TYPE, SCHEME and SPLIT (discretize.cuh), VECTOR, LANES, ROWS,
 // LOOP (more than one piece of VECTOR states a lane), and the numbers loaded at a time: STATE_WIDTH of
 // A and h0, MATRIX_WIDTH of B and C. A width above 1 asks for neighbours in memory and for alignment.
+// COMMON is the call of a Mamba block, without a test or a division that it does not need: softplus, D,
+// z, dt_bias and h0 are given and nothing else that is optional, D and dt_bias stored as Real, u, dt and z
+// as DTYPE, N = LANES * VECTOR or LOOP, one batch axis of strides below 2^28, A and each row of h0 compact, B
+// and C shared by all channels, and all other channels and states neighbours. Overlaps the kernel before.
 #include "discretize.cuh"
 #include "memory.cuh"
 #include "numbers.cuh"
@@ -34,6 +38,8 @@ struct RealOf<Complex<R>> {
     using type = R;
 };
 using Real = typename RealOf<State>::type;
+constexpr int SPAN = LANES * VECTOR;
+constexpr bool FULL = COMMON && !LOOP;  // N is SPAN
 constexpr bool COMPLEX = sizeof(State) > sizeof(Real);
 
 struct Channels {  // a number a channel, or one a row where the stride of channels is 0
@@ -66,7 +72,7 @@ struct Place {
 };
 
 __device__ __forceinline__ Place place(long long row, const Arguments& p) {
-    if (p.inner == p.batch) return {0, row};
+    if (COMMON || p.inner == p.batch) return {0, row};
     const unsigned outer = unsigned(row) / unsigned(p.inner);
     return {outer, row - outer * p.inner};
 }
@@ -136,9 +142,26 @@ __device__ __forceinline__ Real read_out(Complex<Real> c, Complex<Real> h, Real 
 
 // What a channel has once a row.
 struct Once {
-    Real u, dd, di;           // input, with MAMBA's gain; steps of decay and input
+    Real u, dd, di;            // input, with MAMBA's gain; steps of decay and input
     Real input, direct, gate;  // u, D, z
     bool cleared;
+
+    // A Mamba block's, of the row `mine` after the first one.
+    __device__ __forceinline__ void load(const Arguments& p, long long row, int mine, int channel) {
+        const auto of_row = [&](const Channels& x) {
+            const T* from = static_cast<const T*>(x.data) + row * x.inner;
+            return from[mine * int(x.inner) + channel];
+        };
+        const T u_read = of_row(p.u), dt_read = of_row(p.dt), z_read = of_row(p.z);
+        direct = static_cast<const Real*>(p.D.data)[channel];
+        const Real bias = static_cast<const Real*>(p.dt_bias.data)[channel];
+        __syncwarp();  // the compiler moves no load across
+        u = input = widened(u_read);
+        gate = widened(z_read);
+        dd = di = softplus(add(widened(dt_read), bias));
+        if (SCHEME == MAMBA) u = mul(di, u);
+        cleared = false;
+    }
 
     __device__ __forceinline__ void compute(const Arguments& p, Place at, long long channel) {
         u = input = read(p.u, at, channel, p.wide & 1);
@@ -165,24 +188,42 @@ struct Numbers {
     Piece<State, STATE_WIDTH> A, h[ROWS];
 };
 
+struct Matrices {
+    Piece<B_TYPE, MATRIX_WIDTH> B;
+    Piece<C_TYPE, MATRIX_WIDTH> C;
+};
+
 // ------------------------------------------------------------------------------ the kernel
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     selective_step(const __grid_constant__ Arguments p) {
+    overlap_previous();
     constexpr int SHARE = LANES / ROWS;  // lanes that compute the same row's `Once`
-    const int lane = threadIdx.x % LANES;
+    const int lane = threadIdx.x % LANES, mine = lane / SHARE;
     const unsigned group = blockIdx.x / unsigned(p.blocks);
     const unsigned first = (blockIdx.x - group * unsigned(p.blocks)) * (blockDim.x / LANES);
-    const long long found = first + threadIdx.x / LANES;
+    const unsigned found = first + threadIdx.x / LANES;
     const bool live = found < p.channels;
-    const long long channel = live ? found : p.channels - 1;
+    const unsigned channel = live ? found : unsigned(p.channels) - 1;
     const long long row = (long long)group * ROWS;
     const int rows = p.batch - row < ROWS ? int(p.batch - row) : ROWS;
+    const long long states = FULL ? SPAN : p.states, a_row = p.channels * states;
 
     const long long in_A = channel * p.A.channel, in_h0 = channel * p.h0.channel;
-    const long long in_B = unsigned(channel) / unsigned(p.per_B) * p.B.channel;
-    const long long in_C = unsigned(channel) / unsigned(p.per_C) * p.C.channel;
+    const long long in_B = COMMON ? 0 : channel / unsigned(p.per_B) * p.B.channel;
+    const long long in_C = COMMON ? 0 : channel / unsigned(p.per_C) * p.C.channel;
     const auto load = [&](Numbers& x, long long n) {
+        if constexpr (COMMON) {
+            const unsigned at = channel * unsigned(states) + unsigned(n);
+            const State* h0 = start<State>(p.h0, Place{0, row});
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r)
+                if (r < rows)
+                    x.h[r].pack[0] =
+                        Pack<State, STATE_WIDTH>::load_once(h0 + r * p.h0.inner + at);
+            x.A.pack[0] = Pack<State, STATE_WIDTH>::load(static_cast<const State*>(p.A.data) + at);
+            return;
+        }
         if (p.h0.data) {
 #pragma unroll
             for (int r = 0; r < ROWS; ++r)
@@ -192,17 +233,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         }
         x.A.load(start<State>(p.A, place(row, p)) + in_A + n * p.A.state, p.A.state);
     };
+    const auto load_matrices = [&](Matrices& x, int r, long long n) {
+        const Place at = place(row + r, p);
+        const long long B_state = COMMON ? 1 : p.B.state, C_state = COMMON ? 1 : p.C.state;
+        x.B.load(start<B_TYPE>(p.B, at) + in_B + n * B_state, B_state);
+        x.C.load(start<C_TYPE>(p.C, at) + in_C + n * C_state, C_state);
+    };
 
     Numbers numbers;
     long long n = lane * VECTOR;
-    if (n < p.states) load(numbers, n);
+    if (FULL || n < states) load(numbers, n);
+    Matrices ahead[ROWS];  // FULL
+    if constexpr (FULL) {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+            load_matrices(ahead[r], r < rows ? r : 0, n);
+    }
 
-    const int mine = lane / SHARE;
     const long long my_row = row + (mine < rows ? mine : 0);
     const Place my_place = place(my_row, p);
     Once once;
-    once.compute(p, my_place, channel);
-    const unsigned cleared = __ballot_sync(~0u, once.cleared);
+    if constexpr (COMMON)
+        once.load(p, row, mine < rows ? mine : 0, int(channel));
+    else
+        once.compute(p, my_place, channel);
+    const unsigned cleared = COMMON ? 0 : __ballot_sync(~0u, once.cleared);
     // The other row's number of the same channel, from the lane that has it.
     const auto of_row = [&](Real x, int r) {
         return ROWS == 1 ? x : __shfl_sync(~0u, x, r * SHARE, LANES);
@@ -216,21 +271,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         sum[r] = lost[r] = Real(0);
     }
 
-    State* last = p.last + (row * p.channels + channel) * p.states;
+    State* last = p.last + row * a_row + channel * unsigned(states);
     const auto work = [&](const Numbers& x, long long n) {
         Pole<State> pole[VECTOR];
 #pragma unroll
         for (int v = 0; v < VECTOR; ++v) pole[v] = Pole<State>(x.A[v]);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            if (r >= rows) break;
-            const Place at = place(row + r, p);
-            Piece<B_TYPE, MATRIX_WIDTH> B;
-            Piece<C_TYPE, MATRIX_WIDTH> C;
-            B.load(start<B_TYPE>(p.B, at) + in_B + n * p.B.state, p.B.state);
-            C.load(start<C_TYPE>(p.C, at) + in_C + n * p.C.state, p.C.state);
+            if (!COMMON && r >= rows) break;  // a COMMON call has no branch
+            Matrices own;
+            if constexpr (!FULL) load_matrices(own, r < rows ? r : 0, n);
+            const Matrices& matrices = FULL ? ahead[r] : own;
+            const auto& B = matrices.B;
+            const auto& C = matrices.C;
             Real piece = 0;
-            const bool empty = !p.h0.data || (cleared >> (r * SHARE) & 1);
+            const bool empty = !COMMON && (!p.h0.data || (cleared >> (r * SHARE) & 1));
             Pack<State, VECTOR> h;
 #pragma unroll
             for (int v = 0; v < VECTOR; ++v) {
@@ -250,20 +305,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             } else {
                 sum[r] = piece;
             }
-            if (live) h.store(last + r * p.channels * p.states + n);
+            if (live && r < rows) h.put(last + r * a_row + n);
         }
     };
     if constexpr (LOOP) {
 #pragma unroll 1
-        for (; n < p.states; n += LANES * VECTOR) {
+        for (; n < states; n += SPAN) {
             const Numbers now = numbers;
-            if (n + LANES * VECTOR < p.states) load(numbers, n + LANES * VECTOR);
+            if (n + SPAN < states) load(numbers, n + SPAN);
             work(now, n);
         }
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) sum[r] = add(sum[r], lost[r]);
     } else {
-        if (n < p.states) work(numbers, n);
+        if (FULL || n < states) work(numbers, n);
     }
 
     // Sum over lanes, the far half first. While a lane holds several rows it gives half of them away.
@@ -285,7 +340,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     if (!live || mine >= rows || lane % SHARE) return;
     Real y = COMPLEX ? add(sum[0], sum[0]) : sum[0];
-    if (p.D.data) y = fma(once.direct, once.input, y);
-    if (p.z.data) y = mul(y, mul(once.gate, sigmoid(once.gate)));
+    if (COMMON || p.D.data) y = fma(once.direct, once.input, y);
+    if (COMMON || p.z.data) y = mul(y, mul(once.gate, sigmoid(once.gate)));
     p.y[my_row * p.channels + channel] = narrow<T>(typename StateOf<T>::type(y));
 }

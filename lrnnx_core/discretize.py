@@ -9,6 +9,7 @@ which the state decays, ``dt_input`` the time over which an input acts. They dif
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -18,10 +19,10 @@ from torch import Tensor
 
 from lrnnx_core.types import Discrete, Discretization, Number, Scheme, TimestepMode
 
-# Below this |z| the quotient (e^z - 1)/z loses digits in its derivatives; the series of 14 terms is
-# exact there to float64.
+# Below this |z| the quotient (e^z - 1)/z loses digits in its derivatives; a series of so many terms
+# is exact there, in value and in derivatives.
 _SERIES_RADIUS = 0.3
-_SERIES_TERMS = 14
+_SINGLE_TERMS, _DOUBLE_TERMS = 10, 15
 
 
 def phi1(z: Tensor) -> Tensor:
@@ -31,11 +32,19 @@ def phi1(z: Tensor) -> Tensor:
     """
     small = z.abs() < _SERIES_RADIUS
     near = torch.where(small, z, torch.zeros_like(z))
-    series = torch.ones_like(z)
-    for k in range(_SERIES_TERMS, 1, -1):
-        series = 1 + near * series / k
+    series = _series(near, lambda k: 1 / math.factorial(k + 1))
     far = torch.where(small, torch.ones_like(z), z)
     return torch.where(small, series, torch.expm1(far) / far)
+
+
+def _series(z: Tensor, coefficient: Callable[[int], float]) -> Tensor:
+    """Return the power series at z, by Horner."""
+    double = z.dtype in (torch.float64, torch.complex128)
+    last = (_DOUBLE_TERMS if double else _SINGLE_TERMS) - 1
+    total = z * coefficient(last) + coefficient(last - 1)
+    for k in range(last - 2, -1, -1):
+        total = z * total + coefficient(k)
+    return total
 
 
 def zoh(A: Tensor, dt_decay: Tensor, dt_input: Tensor) -> Discrete:
@@ -88,12 +97,9 @@ def phi1_derivative(z: Tensor) -> Tensor:
     """Return d phi1 / dz = (e^z - phi1(z)) / z, right in value at z = 0."""
     small = z.abs() < _SERIES_RADIUS
     near = torch.where(small, z, torch.zeros_like(z))
-    # phi1' = sum_k (k + 1) z^k / (k + 2)!, by Horner over the ratio of successive terms
-    series = torch.ones_like(z)
-    for k in range(_SERIES_TERMS, 0, -1):
-        series = 1 + near * series * ((k + 1) / (k * (k + 2)))
+    series = _series(near, lambda k: (k + 1) / math.factorial(k + 2))
     far = torch.where(small, torch.ones_like(z), z)
-    return torch.where(small, 0.5 * series, (torch.exp(far) - torch.expm1(far) / far) / far)
+    return torch.where(small, series, (torch.exp(far) - torch.expm1(far) / far) / far)
 
 
 class Fused(NamedTuple):

@@ -17,6 +17,7 @@ from lrnnx_core.sequences import Layout, layout
 from lrnnx_nn import kv_cache
 from lrnnx_nn.causal_softmax import Softmax, angles, attend, attend_chunk, rotate
 from lrnnx_nn.kv_cache import AttentionRing, AttentionState, Place
+from lrnnx_nn.linears import apply_linear
 
 __all__ = ["Attention", "AttentionRing", "AttentionState"]
 
@@ -333,7 +334,7 @@ class Attention(nn.Module):
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and not autocasting(x.device):
             x = x.to(weight.dtype) if weight.is_floating_point() else x
-        return module(x)
+        return apply_linear(module, x)
 
 
 def _norm(head_dim: int, learned: bool, place: dict[str, Any]) -> nn.Module:

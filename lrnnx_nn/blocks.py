@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrnnx_core.sequences import layout
+from lrnnx_nn.linears import apply_linear
 from lrnnx_nn.norms import make_norm
 from lrnnx_nn.residual_stream import Method, Stream, add_and_normalize, run
 from lrnnx_nn.stack import Mixer
@@ -103,14 +104,14 @@ class Activation(nn.Module):
             return self.dropout(y)
         g = self.dropout(F.gelu(y, approximate=self.approximate))
         if self.output is not None:
-            return self.dropout(F.glu(self.output(g), dim=-1))
+            return self.dropout(F.glu(apply_linear(self.output, g), dim=-1))
         if self.gate is None:
             return g
         if self.value is not None:
-            content = self.value(g)
+            content = apply_linear(self.value, g)
         else:
             content = g if self.name == "half_glu1" else y
-        return self.dropout(content * torch.sigmoid(self.gate(g)))
+        return self.dropout(content * torch.sigmoid(apply_linear(self.gate, g)))
 
 
 def reset_parts(*parts: nn.Module | None) -> None:

@@ -14,6 +14,7 @@ from lrnnx_core import registry
 from lrnnx_core.sequences import layout
 from lrnnx_nn.blocks import Dropout
 from lrnnx_nn.layers import LAYERS
+from lrnnx_nn.linears import apply_linear
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "none": lambda x: x}
 
@@ -181,14 +182,14 @@ class Gated(nn.Module):
         return ACTIVATIONS[self.activation](x)
 
     def _before(self, u: Tensor) -> Tensor:
-        return u if self.input is None else self._act(self.input(u))
+        return u if self.input is None else self._act(apply_linear(self.input, u))
 
     def _after(self, u: Tensor, y: Tensor, valid: Tensor | None) -> Tensor:
         y = self.dropout(self._act(y))
         if self.gate is not None and self.expand is not None:
-            y = self.expand(y) * self._act(self.gate(u))
+            y = apply_linear(self.expand, y) * self._act(apply_linear(self.gate, u))
         y = self.dropout(ACTIVATIONS[self.mult_act](y))
-        y = F.glu(self.output(y), dim=-1)
+        y = F.glu(apply_linear(self.output, y), dim=-1)
         return y if valid is None else torch.where(valid.unsqueeze(-1), y, torch.zeros_like(y))
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lrnnx_nn.linears import apply_linear
+
 MLPS = ("swiglu", "geglu", "gelu")
 MakeMLP = Callable[[int, int], nn.Module]
 """``(d_model, d_intermediate) -> Module``, of (..., H) to (..., H)."""
@@ -69,7 +71,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., H) to (..., H)."""
-        return self.down_proj(_GATES[self.activation](self.gate_proj(x)) * self.up_proj(x))
+        gate = _GATES[self.activation](apply_linear(self.gate_proj, x))
+        return apply_linear(self.down_proj, gate * apply_linear(self.up_proj, x))
 
     def extra_repr(self) -> str:
         """Return what ``print`` shows."""
@@ -114,7 +117,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., H) to (..., H)."""
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        hidden = F.gelu(apply_linear(self.up_proj, x), approximate="tanh")
+        return apply_linear(self.down_proj, hidden)
 
 
 def make_mlp(

@@ -36,6 +36,7 @@ FAMILIES = {
     "conv1d": Family("Short convolution with SiLU"),
     "rg_lru": Family("RG-LRU"),
     "s5": Family("S5 layer"),
+    "s7": Family("S7 layer"),
     "s4d": Family("S4D layer"),
     "sums": Family("Vandermonde and Cauchy sums"),
     "mamba_block": Family("Mamba block"),
@@ -48,6 +49,7 @@ COLOURS = {
     "mode scan": viz.GREEN,
     "mode conv": viz.ORANGE,
     "recurrence": viz.GREEN,
+    "torch.mul": viz.ORANGE,
     "linear_scan": viz.GREEN,
     "torch.compile": viz.ORANGE,
     "torch, in blocks": viz.GREEN,
@@ -57,6 +59,7 @@ COLOURS = {
     "FLA chunk_hgrn": viz.PURPLE,
     "jax associative_scan": viz.BLACK,
     "TF32": viz.GREEN,
+    "cuBLAS": viz.ORANGE,
     "JAX": viz.RED,
     "JAX, TF32": viz.ORANGE,
 }

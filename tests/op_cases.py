@@ -478,12 +478,17 @@ CASES: dict[str, list[Case]] = {
 
 
 def trilinear_case(name: str, *, batch: tuple[int, ...] = (L,)) -> Case:
+    """Return a case; one input twice has a rule of its own."""
+
     def inputs() -> tuple[Tensor, ...]:
         shapes = ((2, S, 3), (*batch, S), (*batch, 3))
         return tuple(draw(*shape, seed=i) for i, shape in enumerate(shapes))
 
-    def function(*tensors: Tensor, backend: str = "auto") -> Tensor:
-        return trilinear(*tensors, chunk_size=2, backend=backend)
+    def function(w: Tensor, p: Tensor, q: Tensor, backend: str = "auto") -> Tensor:
+        square = torch.cat((w, w[:, :1]), 1)
+        return trilinear(w, p, q, chunk_size=2, backend=backend) + trilinear(
+            square, q, q, chunk_size=2, backend=backend
+        )
 
     return Case(name, function, inputs)
 

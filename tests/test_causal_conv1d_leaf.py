@@ -169,9 +169,9 @@ def test_every_launch_fits_its_layout_and_covers_every_sample(
         for call in launches[:2]:
             _, blocks, threads, values = call
             length, channels, rows, segment, segments, columns, column_blocks, items = values[
-                -12:-4
+                -11:-3
             ]
-            tiles, span = values[-4:-2]
+            tiles, span = values[-3:-1]
             assert segment >= taps - 1
             assert segments == -(-length // segment)
             seats = threads // columns
@@ -189,14 +189,29 @@ def test_what_lies_side_by_side_is_read_as_it_lies(launches: list[tuple[Any, ...
         cuda_conv1d.causal_conv1d(x, weight, bias, tail, None, False)
         assert launches[-1][-1][:4] == [x.data_ptr(), 0, 9 * 24, 24]
         cuda_conv1d.causal_conv1d_backward(x, tail, x, weight, bias, tail, None, False)
-        assert launches[-2][-1][:8] == [x.data_ptr(), 0, 9 * 24, 24] * 2
+        assert launches[-2][-1][:4] == launches[-2][-1][8:12] == [x.data_ptr(), 0, 9 * 24, 24]
         assert pack_of(launches[-2]) == pack_of(launches[-3]) == pack
     x = torch.zeros(2, 8, 9).mT
     cuda_conv1d.causal_conv1d_backward(wide[..., :8], tail, x, weight, bias, tail, None, False)
     values = launches[-2][-1]
     assert values[0] == wide.data_ptr()
-    assert values[4] != x.data_ptr()
-    assert values[5:8] == [0, 72, 8]
+    assert values[8] != x.data_ptr()
+    assert values[9:12] == [0, 72, 8]
+
+
+def test_the_gradient_goes_where_it_is_asked_to(launches: list[tuple[Any, ...]]) -> None:
+    x, weight, bias, tail, _ = (t.float() for t in problem(2, 9, 8, taps=4))
+    for first, pack in ((8, 4), (6, 2), (3, 1)):
+        to, more = (torch.zeros(2, 9, 24)[..., first : first + 8] for _ in range(2))
+        for given in ({"dx": to}, {"dx": to, "more": more}):
+            found, *_ = cuda_conv1d.causal_conv1d_backward(
+                x, tail, x, weight, bias, tail, None, True, **given
+            )
+            assert found is to
+            values = launches[-2][-1]
+            assert values[26:30] == [to.data_ptr(), 0, 9 * 24, 24]
+            assert values[4:8] == ([more.data_ptr(), 0, 9 * 24, 24] if "more" in given else [0] * 4)
+            assert pack_of(launches[-2]) == pack
 
 
 def test_a_row_of_the_batch_may_have_its_own_weight(launches: list[tuple[Any, ...]]) -> None:

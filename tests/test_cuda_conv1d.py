@@ -172,6 +172,28 @@ def test_slices_misaligned_and_expanded_inputs(dtype: torch.dtype) -> None:
 
 
 @EVERY_DTYPE
+@pytest.mark.parametrize("taps", [1, 2, 4, 8])
+def test_the_gradient_goes_where_it_is_asked_to(dtype: torch.dtype, taps: int) -> None:
+    for length, first in ((1, 0), (3, 16), (300, 16), (301, 6), (90, 3)):
+        inputs = problem(2, length, 16, taps=taps, dtype=dtype)
+        g_y, g_last = test_causal_conv1d_leaf.cotangents(inputs[0], taps)
+        arguments = (g_y.to(dtype), g_last.to(dtype), *inputs, True)
+        wide = torch.zeros(2, length, 48, dtype=dtype)
+        to = wide[..., first : first + 16]
+        want = cuda_conv1d.causal_conv1d_backward(*arguments)
+        got = cuda_conv1d.causal_conv1d_backward(*arguments, dx=to)
+        assert got[0] is to
+        assert_same_bits((got[0], got[3]), (want[0], want[3]))
+        halves = 2 * wide.new_ones(2, length, 48)[..., first : first + 16] * arguments[0]
+        both = cuda_conv1d.causal_conv1d_backward(-arguments[0], *arguments[1:], more=halves)
+        assert_same_bits((both[0], both[3]), (want[0], want[3]))
+        bound = 8 * torch.finfo(dtype).eps  # another width of access, another order of the sums
+        assert all(error(a, w.double()) < bound for a, w in zip(got[1:3], want[1:3], strict=True))
+        assert not wide[..., :first].any()
+        assert not wide[..., first + 16 :].any()
+
+
+@EVERY_DTYPE
 def test_gradients_of_stride_zero(dtype: torch.dtype) -> None:
     inputs = problem(2, 90, 16, dtype=dtype, reset=False)[:4]
     results = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lrnnx_core.backends import cuda, cuda_add_norm, cuda_argmax, cuda_linear_step, cuda_mamba_step
 from lrnnx_core.backends.cuda_argmax import argmax
-from lrnnx_core.backends.cuda_linear_step import MOST_ROWS, linear_step
+from lrnnx_core.backends.cuda_linear_step import FEW_ROWS, linear_step
 from lrnnx_core.backends.cuda_mamba_step import mamba_step
 from lrnnx_core.backends.donation import donating
 from lrnnx_core.ops import _step_formulas as formulas
@@ -76,7 +76,7 @@ def test_a_linear_map_of_few_rows(
 ) -> None:
     launches = counted(monkeypatch, cuda_linear_step)
     weight, bias = normal(outputs, inputs, dtype=dtype, seed=1), normal(outputs, dtype=dtype)
-    for rows in (1, 2, 3, MOST_ROWS, MOST_ROWS + 1):
+    for rows in (1, 2, 3, FEW_ROWS, FEW_ROWS + 1):
         x = normal(rows, inputs, dtype=dtype, seed=2)
         for b in (None, bias):
             got = linear_step(x, weight, b)
@@ -86,9 +86,9 @@ def test_a_linear_map_of_few_rows(
             plain = nn.functional.linear(x, weight, b)
             assert error(got, want) <= max(2 * error(plain, want), rounding(dtype) / 2)
             assert torch.equal(got, linear_step(x, weight, b))
-            if rows <= MOST_ROWS:
+            if rows <= FEW_ROWS:
                 assert torch.equal(got[-1], linear_step(x[-1], weight, b))
-    assert len(launches) == 4 * 2 * 3
+    assert sum(kernel.entry == "linear_step" for kernel in launches) == 4 * 2 * 3
 
 
 @EVERY_DTYPE
@@ -194,7 +194,9 @@ def test_a_step_computes_its_formulas(
     ]  # fmt: skip
     for choice in cases:
         check(problem(scheme, batch, dtype=dtype, **choice))
-    assert [kernel.entry for kernel in launches] == 4 * ["mamba_step_mixed", "mamba_step"]
+    many = dtype is torch.bfloat16 and batch == (64,)
+    first = "mamba_step_many" if many else "mamba_step_mixed"
+    assert [kernel.entry for kernel in launches] == 4 * [first, "mamba_step"]
 
 
 @EVERY_DTYPE
@@ -243,6 +245,34 @@ def test_many_rows(batch: int, dtype: torch.dtype) -> None:
         moved = [t[order] if i in (0, 1, 2, 11) else t for i, t in enumerate(arguments)]
         for a, b in zip(mamba_step(*moved), together, strict=True):
             assert torch.equal(a, b[order])
+
+
+@pytest.mark.parametrize("size", [(8, 1, 1), (1544, 16, 48), (5128, 16, 160)], ids=str)
+def test_rows_and_tiles_on_tensor_cores_change_no_bit(
+    size: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_mamba_step, "MANY", 1)
+    width, states, rank = size
+    for batch, timed in ((1, True), (7, False), (64, True)):
+        cuda_mamba_step._shape.cache_clear()
+        arguments = problem(
+            "mamba", (batch,), width, states, rank, dtype=torch.bfloat16, timed=timed
+        )
+        arguments[6] = arguments[6] / rank**0.5
+        want, launches = check(arguments), counted(monkeypatch, cuda_mamba_step)
+        rows = (0, 1, 2, *((11,) if timed else ()))
+        one = [t[-1] if i in rows else t for i, t in enumerate(arguments)]
+        for alone, together in zip(mamba_step(*one), want, strict=True):
+            assert torch.equal(alone, together[-1])
+        for tiles, least in ((1, 0), (6, 0), (6, 1e9)):
+            with monkeypatch.context() as patch:
+                patch.setattr(cuda_mamba_step, "MANY_TILES", tiles)
+                patch.setattr(cuda_mamba_step, "MANY_BLOCKS", least)
+                cuda_mamba_step._shape.cache_clear()
+                assert all(map(torch.equal, mamba_step(*arguments), want))
+        assert {k.entry for k in launches} == {"mamba_step_many", "mamba_step"}
+    monkeypatch.undo()
+    cuda_mamba_step._shape.cache_clear()
 
 
 def test_infinite_inputs_of_many_rows() -> None:

@@ -265,6 +265,22 @@ def test_a_second_device() -> None:
     assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+def test_sums_of_many_rows_have_the_bits_of_those_of_few(dtype: torch.dtype) -> None:
+    rows = 1024 * (cuda_tiles.MANY + 1)
+    state = torch.promote_types(dtype, torch.float32)
+    for tiles in (1, 8, 37):
+        partial = torch.randn(tiles, rows, dtype=state)
+        many, few = torch.empty(rows, dtype=dtype), torch.empty(100, dtype=dtype)
+        cuda_tiles.add_up(0, partial, many, tiles)
+        for first in (0, rows - 100):
+            part = slice(first, first + 100)
+            cuda_tiles.add_up(0, partial[:, part].contiguous(), few, tiles)
+            assert torch.equal(many[part], few)
+        exact = partial.to(torch.promote_types(state, torch.float64)).sum(0)
+        assert (many - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
+
+
 def test_what_cannot_run_is_refused_before_a_launch() -> None:
     a, b, h0, _ = problem(2, 9, 4, dtype=torch.float32)
     with pytest.raises(ValueError, match="a is on cpu and b on cuda"):
@@ -276,7 +292,7 @@ def test_what_cannot_run_is_refused_before_a_launch() -> None:
         ValueError, match=r"dtype torch\.float8_e5m2 on CUDA, expected one of float32"
     ):
         cuda_linear_scan.linear_scan(byte, byte, None, None, False)
-    kernel = cuda_tiles.sum_kernel(torch.float32, "float32")
+    kernel = cuda_tiles.sum_kernel(torch.float32)
     with pytest.raises(Exception, match="integer"):
         kernel.launch(0, 1, 32, 0, 1.5, 0, 0, 0)
     with pytest.raises(ValueError, match="CUDA allows"):

@@ -131,11 +131,20 @@ def same(x: tuple[Tensor, ...], y: tuple[Tensor, ...]) -> bool:
 
 
 def test_the_kernels_are_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long sequences run in chunks where nothing is reset, and backward if they fill the chip."""
     launched: list[str] = []
     monkeypatch.setattr(cuda.Kernel, "launch", lambda self, *rest: launched.append(self.entry))
-    u, a, v, D, *_ = problem(2, 9, 4)
-    ops.s4d_scan(u.requires_grad_(), a, v, D)[0].sum().backward()
-    assert launched == ["s4d_scan", "s4d_scan_backward", *["sum_partials"] * 3]
+    chunks = ["s4d_chunks_backward", "s4d_scan_free"]
+    for length, channels, flags, want in (
+        (9, 4, False, ["s4d_scan", "s4d_scan_backward"]),
+        (512, 4, False, ["s4d_chunks", "s4d_scan_backward"]),
+        (512, 2048, False, ["s4d_chunks", *chunks]),
+        (512, 2048, True, ["s4d_scan", "s4d_scan_backward"]),
+    ):
+        u, a, v, D, _, reset = problem(2, length, channels, reset=0.5 if flags else 0.0)
+        ops.s4d_scan(u.requires_grad_(), a, v, D, reset=reset)[0].sum().backward()
+        assert launched == [*want, *["sum_partials"] * 3]
+        launched.clear()
 
 
 @EVERY_DTYPE

@@ -16,6 +16,7 @@ from lrnnx_core.backends import (
     cuda,
     cuda_conv1d,
     cuda_diagonal,
+    cuda_linear_mma,
     cuda_linear_scan,
     cuda_linear_step,
     cuda_mamba_step,
@@ -32,7 +33,7 @@ def cpu_for_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let CPU tensors pass for CUDA ones, up to the launch."""
     modules = (
         cuda_linear_scan, cuda_rg_lru, cuda_diagonal, cuda_conv1d, cuda_selective_step,
-        cuda_linear_step, cuda_mamba_step,
+        cuda_linear_mma, cuda_linear_step, cuda_mamba_step,
     )  # fmt: skip
     monkeypatch.setattr(cuda, "ready", lambda: True)
     monkeypatch.setattr(cuda, "limits", lambda device: H100)
@@ -74,7 +75,8 @@ def test_faults_are_planted_in_every_kernel_and_only_once() -> None:
         # these have no shared memory, so no hazard on it
         alone = {
             "selective_step", "mamba_step", "causal_conv1d", "s4d_starts", "diagonal_drive",
-            "diagonal_read", "siso_step", "griffin_taps", "griffin_close",
+            "diagonal_read", "siso_step", "griffin_taps", "griffin_close", "discretize",
+            "discretize_backward",
         }  # fmt: skip
         alone = alone if tool == "racecheck" else set()
         assert set(reported) == ENTRIES - alone

@@ -9,10 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrnnx_core.backends import cuda, cuda_linear_step, cuda_mamba_step
+from lrnnx_core.backends import (
+    cuda,
+    cuda_linear_mma,
+    cuda_linear_step,
+    cuda_linear_tile,
+    cuda_mamba_step,
+)
 from lrnnx_core.backends.cuda_linear_step import linear_step
 from lrnnx_core.backends.cuda_mamba_step import mamba_step
-from lrnnx_core.backends.donation import donating
+from lrnnx_core.backends.donation import donating, settling
 from lrnnx_core.ops import _step_formulas as formulas
 from lrnnx_nn import linears
 
@@ -37,7 +43,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     monkeypatch.setattr(Tensor, "get_device", lambda self: 0)
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(Tensor, "is_cpu", property(lambda self: False))
-    shapes = (cuda_linear_step._shape, cuda_mamba_step._shape)
+    shapes = (cuda_linear_mma._shape, cuda_linear_step._shape, cuda_mamba_step._shape)
     for cached in shapes:
         cached.cache_clear()
     yield found
@@ -70,8 +76,11 @@ def test_what_a_small_language_model_launches_is_listed(launches: list[Any]) -> 
     for kernel, blocks, threads, values in launches[:4]:
         assert threads == (64 if kernel.entry == "mamba_step" else 192)
         assert values[16:23] == (values[16], 1536, 16, 48, 48, 64, 80)
-        rows = {"mamba_step": 4, "mamba_step_mixed": 2}[kernel.entry]
-        assert blocks == values[23] * (values[16] // rows if values[16] > 1 else 1)
+        batch, tiles = values[16], values[23]
+        if kernel.entry == "mamba_step_many":
+            assert (batch, tiles, blocks) == (64, 5, 5 * 8 * 8)  # groups, slices, tiles of rows
+        else:
+            assert blocks == tiles * (batch // 4 if batch > 1 else 1)
 
 
 def test_new_states_take_the_places_of_those_given_away(launches: list[Any]) -> None:
@@ -94,8 +103,8 @@ def test_what_has_no_kernel_runs_in_pytorch(launches: list[Any]) -> None:
     for arguments in (normed, mixed, mamba(0, 8)):
         for a, b in zip(mamba_step(*arguments), formulas.mamba_step(*arguments), strict=True):
             torch.testing.assert_close(a, b)
-    x, weight = torch.ones(9, 8), torch.ones(5, 8)
-    for rows, w in ((9, weight), (2, weight.T.contiguous().T), (0, weight)):
+    x, weight = torch.ones(300, 8), torch.ones(5, 8)
+    for rows, w in ((300, weight), (2, weight.T.contiguous().T), (0, weight)):
         torch.testing.assert_close(
             linear_step(x[:rows], w, None), nn.functional.linear(x[:rows], w)
         )
@@ -107,6 +116,56 @@ def test_the_order_of_a_sum_depends_on_inputs_and_dtype_alone() -> None:
         vector, group = cuda_linear_step.partition(inputs, BF16)
         assert inputs % vector == 0
         assert group in (8, 16, 32, 64, 128)
+        chunk, slices, long = cuda_linear_tile.partition(inputs, torch.float32)
+        assert (chunk, inputs > slices * chunk) == (16, slices == 16 and inputs > 256)
+        assert long == (inputs > 1024)
+
+
+def test_who_multiplies_depends_on_rows_and_products(
+    launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    float32, float64 = torch.float32, torch.float64
+    for rows, inputs, outputs, dtype, tf32, entry, blocks in (
+        (4, 128, 512, float32, False, "linear_step", 32),
+        (5, 128, 512, float32, False, "linear_tile", 128),
+        (32, 128, 512, float32, True, "linear_tile", 256),
+        (32, 256, 128, float32, False, "linear_tile", 128),
+        (256, 128, 512, float32, False, "linear_tile", 256),
+        (32, 256, 128, float64, True, "linear_tile", 128),
+        (64, 768, 768, float32, False, "linear_tile", 96),
+        (64, 768, 3072, float32, False, None, 0),
+        (64, 768, 2304, float32, True, None, 0),
+        (64, 768, 768, float64, False, None, 0),
+    ):
+        monkeypatch.setattr(cuda_linear_step, "tf32_allowed", lambda tf32=tf32: tf32)
+        del launches[:]
+        x, weight = (torch.zeros(n, inputs, dtype=dtype) for n in (rows, outputs))
+        assert linear_step(x, weight, None).shape == (rows, outputs)
+        assert [(k.entry, count) for k, count, *_ in launches] == [(entry, blocks)] * bool(entry)
+        with settling([weight]):
+            linear_step(x, weight, None)
+        promised = [k if entry == "linear_step" else values[-1] for k, *_, values in launches]
+        assert len(set(promised)) == len(launches) == 2 * bool(entry)
+
+
+def test_who_multiplies_half_precision(launches: list[Any]) -> None:
+    for rows, inputs, outputs, blocks, tile in (
+        (5, 768, 3072, 96, (16, 32)), (32, 768, 3072, 192, (16, 32)),
+        (64, 768, 3072, 128, (64, 24)), (128, 768, 3072, 0, None),
+        (64, 1536, 768, 192, (16, 16)), (128, 1536, 768, 128, (32, 24)),
+        (129, 1536, 768, 0, None), (8, 2048, 8192, 0, None), (16, 100, 64, 0, None),
+    ):  # fmt: skip
+        del launches[:]
+        x, weight = (torch.zeros(n, inputs, dtype=BF16) for n in (rows, outputs))
+        with settling([weight]):
+            assert linear_step(x, weight, None).shape == (rows, outputs)
+        linear_step(x, weight, None)
+        assert [values[-1] for *_, values in launches] == ([True, False] if tile else [])
+        for kernel, count, threads, _ in launches:
+            assert (kernel.entry, count, threads) == ("linear_mma", blocks, 256)
+            assert {f"-DHEIGHT={tile[0]}", f"-DOUTPUTS={tile[1]}"} <= set(kernel.options)
+            # what fixes the order of a sum
+            assert f"-DCHUNKS={-(-inputs // 256)}" in kernel.options
 
 
 def test_a_linear_layer_is_called_where_something_stands_between(launches: list[Any]) -> None:
@@ -120,7 +179,7 @@ def test_a_linear_layer_is_called_where_something_stands_between(launches: list[
     assert not launched(layer)  # gradients
     with torch.no_grad():
         assert launched(layer)
-        assert not launched(layer, torch.ones(9, 8))
+        assert not launched(layer, torch.ones(300, 8))
         assert not launched(layer, torch.ones(0, 8))
         handles = (
             lambda: layer.register_forward_hook(lambda *a: None),

@@ -10,7 +10,7 @@ import torch
 from eager_graph import pretend
 from torch import Tensor
 
-from lrnnx_core.backends.donation import donating, new_state
+from lrnnx_core.backends.donation import donating, new_state, settled, settling
 from lrnnx_nn.generation import engine
 
 LIB = torch.library.Library("lrnnx_donation_test", "DEF")
@@ -128,6 +128,25 @@ def test_tensors_that_share_memory_are_told_apart() -> None:
     assert trace.spent == apart.spent
     assert trace.same(apart)
     assert not trace.same(apart._replace(spent=()))
+
+
+def test_what_a_step_reads_and_no_operator_writes_is_settled() -> None:
+    weight, count = torch.randn(3, 3), torch.zeros(2, 3)
+
+    def step(c: Carry) -> Carry:
+        made = weight * 2
+        return Carry(c.u @ weight.mT + made[0] + count.add_(1), c.h, c.other)
+
+    _, trace = engine.record(step, carry_of())
+    assert [t.data_ptr() for t in trace.settled] == [weight.data_ptr()]
+    assert not settled(weight)
+    with settling(trace.settled):
+        assert settled(weight)
+        assert settled(weight[1:].mT)
+        assert not settled(count)
+        with settling([]):
+            assert not settled(weight)
+    assert not settled(weight)
 
 
 def test_a_value_that_only_looks_unchanged_is_written() -> None:

@@ -62,8 +62,9 @@ def test_a_mamba_step_is_one_launch_of_whole_words_without_a_copy(launches: list
     assert last.shape == (8, 64, 16)
     assert last.dtype == torch.float32
     ((_, blocks, threads, choices, values),) = launches
-    assert (choices["STATE_WIDTH"], choices["MATRIX_WIDTH"], choices["ROWS"]) == ("4", "4", "4")
-    assert blocks * threads == 8 // 4 * 64 * 4
+    assert (choices["STATE_WIDTH"], choices["MATRIX_WIDTH"], choices["ROWS"]) == ("4", "4", "2")
+    assert choices["COMMON"] == "true"
+    assert blocks * threads == 8 // 2 * 64 * 4
     named = dict(zip(("u", "dt", "D", "z", "dt_bias"), range(0, 20, 4), strict=True))
     for name, at in named.items():
         tensor = arguments[{"u": 0, "dt": 1, "D": 5, "z": 6, "dt_bias": 7}[name]]
@@ -95,6 +96,30 @@ def test_a_narrower_load_where_something_is_not_aligned(launches: list[Launch]) 
     alone = mamba((1,))  # strides of axes of one number do not matter
     alone[8] = torch.zeros(64 * 16 + 1)[:1024].as_strided((1, 64, 16), (1025, 16, 1))
     assert widths(alone) == ("4", "4")
+
+
+def test_what_is_not_as_in_mamba_takes_the_kernel_for_everything(launches: list[Launch]) -> None:
+    def common(place: int, value: Any, states: int = 16) -> bool:
+        arguments = mamba(states=states)
+        arguments[place] = value
+        selective_step(*arguments)
+        return launches[-1][3]["COMMON"] == "true"
+
+    assert common(14, "zoh")
+    assert common(14, "mamba", 128)
+    assert common(8, torch.zeros(3, 8, 64, 16)[1])
+    assert not common(14, "mamba", 8 + 1)
+    for place in (5, 6, 7, 8):  # D, z, dt_bias, h0
+        assert not common(place, None)
+    assert not common(9, torch.zeros(8, 1, 64, dtype=torch.bfloat16))  # decay_dt
+    assert not common(11, torch.zeros(8, 1, dtype=torch.bool))  # reset
+    assert not common(12, value=False)  # softplus
+    assert not common(0, torch.zeros(8, 1, 128, dtype=torch.bfloat16)[..., ::2])
+    assert not common(3, torch.zeros(8, 1, 2, 16, dtype=torch.bfloat16))  # two groups of B
+    assert not common(5, torch.zeros(64, dtype=torch.bfloat16))
+    assert not common(1, torch.zeros(8, 1, 64))
+    assert not common(2, torch.zeros(64, 20)[:, :16])
+    assert not common(8, torch.zeros(8, 64, 20)[..., :16])
 
 
 def test_the_order_of_operations_depends_on_the_states_and_their_dtype_alone(

@@ -420,6 +420,8 @@ PRIVATE = {
     "projected_scan", "projected_scan_backward", "diagonal_step", "flow_step", "siso_step",
     "mamba_step", "griffin_step", "ssd_step", "s7_step", "rms_norm", "linear_step", "argmax",
     "add_norm", "add_norm_backward", "s4d_bidirectional", "s4d_bidirectional_backward",
+    "discretize_diagonal", "discretize_diagonal_backward",
+    "mamba_inner_backward",
 }  # fmt: skip
 
 

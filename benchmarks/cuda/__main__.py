@@ -16,8 +16,8 @@ from pathlib import Path
 from benchmarks.cuda import timing
 
 NAMES = (
-    "linear_scan", "selective_scan", "conv1d", "rg_lru", "s5", "s4d", "sums", "mamba_block",
-    "decode",
+    "linear_scan", "selective_scan", "conv1d", "rg_lru", "s5", "s7", "s4d", "sums",
+    "mamba_block", "decode",
 )  # fmt: skip
 
 

@@ -6,11 +6,12 @@
 All times are those of a step inside a CUDA graph. The state update is one call of the selective
 scan with L = 1, with bfloat16 activations and a float32 state. Calls take turns among eight states,
 more than the L2 cache holds; "recurrence" feeds the state back, so that a part of it may still be
-in the cache. The floor is the state read and written, and what a channel brings. The model has the
-shape of Mamba-130m (24 layers, width 768, 50280 tokens, random weights in bfloat16): it is the
-library's `LRNNLMHeadModel` in the CUDA graph of `lrnnx_nn.generation`, with the choice of the next
-token, and as "generate" a greedy token of `generate`, by the clock on the wall. Its floor is the
-weights read once and the states read and written once.
+in the cache. "torch.mul" reads and writes the same states and does nothing else. The floor is the
+state read and written, and what a channel brings. The model has the shape of Mamba-130m (24
+layers, width 768, 50280 tokens, random weights in bfloat16): it is the library's
+`LRNNLMHeadModel` in the CUDA graph of `lrnnx_nn.generation`, with the choice of the next token,
+and as "generate" a greedy token of `generate`, by the clock on the wall. Its floor is the weights
+read once and the states read and written once.
 """
 
 from __future__ import annotations
@@ -87,6 +88,12 @@ def from_memory(session: Session, x: Update, f: Callable[[Tensor], Any]) -> Row:
     return {"forward": session.graph_ms(lambda: f(next(states)), 3 * POOL), "error": x.error()}
 
 
+def multiplied(session: Session, x: Update) -> Row:
+    """Time torch's multiplication of a state by a number, with the same states in turn."""
+    states = itertools.cycle(x.states)
+    return {"forward": session.graph_ms(lambda: torch.mul(next(states), 0.5), 3 * POOL)}
+
+
 def recurrence(session: Session, x: Update) -> Row:
     """Time calls that take the state which the one before left."""
     steps = 3 * POOL
@@ -161,6 +168,7 @@ def measure(session: Session) -> None:
             others={
                 "leaf": partial(from_memory, session, x, x.call_leaf),
                 "recurrence": partial(recurrence, session, x),
+                "torch.mul": partial(multiplied, session, x),
             },
         )
         calls = {"public": partial(x.call, x.states[0]), "leaf": partial(x.call_leaf, x.states[0])}

@@ -5,10 +5,11 @@
 
 Each time is `models.s4d.scan` with 64 real states a channel (32 pairs) unless the case says
 otherwise, forward without gradients and forward + backward with those of the input and of every
-parameter. The floor is arithmetic or memory, whichever takes longer: 6 multiply-adds a pair and
-step forward and 14 backward at 33.5e12 a second (the data sheet of an H100 SXM), or 2 arrays
-forward and 5 in all. "x input" is the memory that a training step allocates, in sizes of the input.
-The error is that of the output against float64, on 16 channels.
+parameter: captured in a CUDA graph, and `eager ...`. The floor is arithmetic or memory, whichever
+takes longer: 6 multiply-adds a pair and step forward and 14 backward at 33.5e12 a second (the data
+sheet of an H100 SXM), or 2 arrays forward and 5 in all. "x input" is the memory that a training
+step allocates, in sizes of the input. The error is that of the output against float64, on 16
+channels.
 """
 
 from __future__ import annotations
@@ -78,11 +79,12 @@ def measured(session: Session, case: Case, mode: Any, u: Tensor, params: dict[st
 
     want = _exact(params, u)
     row = {
-        "forward": session.median_ms(forward),
-        "both": session.median_ms(both),
+        "eager forward": session.median_ms(forward),
+        "eager both": session.median_ms(both),
         "error": relative_error(forward()[..., :CHECKED], want),
         "peak_mib": session.peak_mib(both),
     }
+    row["forward"], row["both"] = session.graph_ms(forward), session.graph_ms(both)
     return row | {"x input": row["peak_mib"] * 2**20 / u.nbytes}
 
 

@@ -30,8 +30,10 @@ from unittest import mock
 ROOT = Path(__file__).parent.parent.parent
 FILTERS = (
     "linear_scan", "selective_", "causal_conv1d", "rg_lru", "sum_partials", "diagonal_", "s4d_",
-    "feedthrough_", "add_norm", "linear_step", "mamba_step", "vandermonde", "cauchy",
-    "siso_step", "griffin_", "ssd_", "s7_step", "rms_norm", "argmax",
+    "feedthrough_", "add_norm", "linear_step", "linear_tile", "linear_mma", "mamba_step",
+    "vandermonde", "cauchy",
+    "siso_step", "griffin_", "ssd_", "s7_step", "rms_norm", "argmax", "discretize",
+    "trilinear_",
 )  # fmt: skip
 """Parts of the names of all kernels: torch's own are not checked, which would take minutes."""
 
@@ -90,7 +92,7 @@ FAULTS = {
               "p.dweight[channel * TAPS + k + 1] =", ("causal_conv1d_sum",)),
         Fault("selective_scan.cu", "store_states(p.last +", "store_states(p.last + size.pitch +",
               ("selective_scan",)),
-        Fault("selective_scan_backward.cu", "p.dD[to] =", "p.dD[to + 1] =",
+        Fault("selective_scan_backward.cu", "to[channel + v] =", "to[channel + v + 1] =",
               ("selective_scan_backward",)),
         Fault("selective_ends.cu", "store_states(p.end +", "store_states(p.end + size.pitch +",
               ("selective_ends",)),
@@ -114,14 +116,25 @@ FAULTS = {
         Fault("argmax.cu", "p.index[blockIdx.x]", "p.index[blockIdx.x + 1]", ("argmax",)),
         Fault("linear_step.cu", "p.y[r * p.outputs + first + o] =",
               "p.y[r * p.outputs + first + o + 1] =", ("linear_step",)),
-        Fault("mamba_step.cu", "p.y[my_row * p.channels + channel] =",
-              "p.y[my_row * p.channels + channel + 1] =", ("mamba_step",)),
-        Fault("mamba_step_mixed.cu", "p.mixed[(row + r) * p.pitch + column] =",
-              "p.mixed[(row + r) * p.pitch + column + p.pitch] =", ("mamba_step_mixed",)),
+        Fault("linear_tile.cu", "p.y[(row + r) * p.outputs + output + o] =",
+              "p.y[(row + r) * p.outputs + output + o + 1] =", ("linear_tile",)),
+        Fault("linear_mma.cu", "to[k] = y.item[k];", "to[k + 1] = y.item[k];", ("linear_mma",)),
+        Fault("mamba_step.cu", "p.y[row * channels + mine * channels + channel] =",
+              "p.y[row * channels + mine * channels + channel + 1] =", ("mamba_step",)),
+        Fault("mamba_step_mixed.cu", "p.mixed[(row + r) * p.pitch + column(p, n)] =",
+              "p.mixed[(row + r + 1) * p.pitch + column(p, n)] =", ("mamba_step_mixed",)),
+        Fault("mamba_step_many.cu", "p.mixed[(row + r) * p.pitch + column(p, n)] =",
+              "p.mixed[(row + r + 1) * p.pitch + column(p, n)] =", ("mamba_step_many",)),
         Fault("s4d_scan.cu", "at.write(p.last, s, size, at.row);",
               "at.write(p.last, s, size, at.row + 1);", ("s4d_scan",)),
         Fault("s4d_scan.cu", "at.write(p.da, body.da, size, index);",
               "at.write(p.da, body.da, size, index + 1);", ("s4d_scan_backward",)),
+        Fault("s4d_scan.cu", "at.write(p.da, before, size, index);",
+              "at.write(p.da, before, size, index + 1);", ("s4d_scan_free",)),
+        Fault("s4d_chunks.cu", "last[block.at.pair(i)] = s[i];",
+              "last[block.at.pair(i) + 1] = s[i];", ("s4d_chunks",)),
+        Fault("s4d_chunks_backward.cu", "p.dv[to + pair] =", "p.dv[to + pair + 1] =",
+              ("s4d_chunks_backward",)),
         Fault("s4d_scan.cu", "at.write(p.ends, body.m, size, index);",
               "at.write(p.ends, body.m, size, index + 1);", ("s4d_ends",)),
         Fault("add_norm.cu", "write(p.out + at + c,", "write(p.out + at + p.channels + c,",
@@ -133,11 +146,20 @@ FAULTS = {
         Fault("vandermonde.cu", "out[t + b] = sums", "out[t + b + 1] = sums", ("vandermonde",)),
         Fault("vandermonde.cu", "(m ? p.second : p.first)[to] =",
               "(m ? p.second : p.first)[to + 1] =", ("vandermonde_moments",)),
+        Fault("discretize.cu", "p.gain[to] =", "p.gain[to + 1] =", ("discretize",)),
+        Fault("discretize.cu", "p.dA_im, to * p.dA_apart", "p.dA_im, (to + 1) * p.dA_apart",
+              ("discretize_backward",)),
         Fault("cauchy.cu", "* count + k) * 2);\n        }", "* count + k + 1) * 2);\n        }",
               ("cauchy",)),
         Fault("cauchy.cu", "partial[f * p.states + first + i] =",
               "partial[(f + 1) * p.states + first + i] =", ("cauchy_backward",)),
         Fault("cauchy.cu", "p.dsquare[to] =", "p.dsquare[to + 1] =", ("cauchy_sums",)),
+        Fault("trilinear.cu", "before[i][k].store(out + row * pitch",
+              "before[i][k].store(out + (row + 1) * pitch", ("trilinear_wide",)),
+        Fault("trilinear.cu", "out[(t0 + i) * p.N + done.n] =",
+              "out[(t0 + i) * p.N + done.n + 1] =", ("trilinear_narrow",)),
+        Fault("trilinear.cu", "float* out = p.out + run * p.size",
+              "float* out = p.out + (run + 1) * p.size", ("trilinear_outer",)),
     ),
     "racecheck": (
         missing_barrier("step_griffin.cu", "start + k];\n        }\n        __syncthreads();",
@@ -149,8 +171,14 @@ FAULTS = {
         missing_barrier("argmax.cu", "= best.index;\n    __syncthreads();", "argmax"),
         missing_barrier("linear_step.cu", "sum[o][r];\n        }\n        __syncthreads();",
                         "linear_step"),
+        missing_barrier("linear_tile.cu", "[e % LANE_OUTPUTS];\n        __syncthreads();",
+                        "linear_tile"),
+        missing_barrier("linear_mma.cu", "= out.word;\n        }\n    __syncthreads();",
+                        "linear_mma"),
         missing_barrier("mamba_step_mixed.cu", "lane / SHARE] = sum[0];\n    __syncthreads();",
                         "mamba_step_mixed"),
+        missing_barrier("mamba_step_many.cu", "+ eighth] = sum[m][i];\n    __syncthreads();",
+                        "mamba_step_many"),
         missing_barrier("add_norm.cu", "mine[warp][i][lane] = x[i];\n        __syncthreads();",
                         "add_norm", "add_norm_backward"),
         missing_barrier("linear_scan.cu", AFTER_MAPS, "linear_scan", "linear_scan_backward"),
@@ -169,10 +197,14 @@ FAULTS = {
               ("selective_scan",)),
         Fault("selective_ends.cu", WIDENED_B, WIDENED_B.replace(BARRIER, "__syncwarp();"),
               ("selective_ends",)),
-        missing_barrier("selective_scan_backward.cu", "count);\n        __syncthreads();",
+        missing_barrier("selective_scan_backward.cu",
+                        "__syncthreads();\n        if (chunk > 0)",
                         "selective_scan_backward"),
         Fault("s4d_scan.cu", "__syncwarp();  // the tile is there", "// the tile is there",
-              ("s4d_scan", "s4d_scan_backward", "s4d_ends")),
+              ("s4d_scan", "s4d_scan_backward", "s4d_scan_free", "s4d_ends")),
+        missing_barrier("s4d_chunks.cu", "__syncthreads();  // the tile is there", "s4d_chunks"),
+        missing_barrier("s4d_chunks_backward.cu", "__syncthreads();  // the tile is there",
+                        "s4d_chunks_backward"),
         missing_barrier("vandermonde.cu", "__syncthreads();  // the exponentials are there",
                         "vandermonde"),
         missing_barrier("vandermonde.cu", "__syncthreads();  // the sums of every thread",
@@ -181,6 +213,10 @@ FAULTS = {
         missing_barrier("cauchy.cu", "__syncthreads();  // the frequencies are there",
                         "cauchy_backward"),
         missing_barrier("cauchy.cu", "half /= 2) {\n        __syncthreads();", "cauchy_sums"),
+        missing_barrier("trilinear.cu", "__syncthreads();  // this stage is there",
+                        "trilinear_wide", "trilinear_narrow"),
+        missing_barrier("trilinear.cu", "__syncthreads();  // these samples are there",
+                        "trilinear_outer"),
     ),
 }  # fmt: skip
 
@@ -267,7 +303,10 @@ def causal_conv1d(number: Numbers, planted: bool) -> None:
             tail = number(2, taps - 1, channels, dtype=dtype) if rich else None
             reset = number.flags(2, length) if rich else None
             y, last = kernels.causal_conv1d(x, weight, bias, tail, reset, rich)
-            kernels.causal_conv1d_backward(y, last, x, weight, bias, tail, reset, rich)
+            inputs = (y, last, x, weight, bias, tail, reset, rich)
+            kernels.causal_conv1d_backward(*inputs)
+            wide = number(2, length, 2 * channels, dtype=dtype)
+            kernels.causal_conv1d_backward(*inputs, y, wide[..., channels:])
 
 
 def rg_lru_scan(number: Numbers, planted: bool) -> None:
@@ -322,27 +361,33 @@ def diagonal_scan(number: Numbers, planted: bool) -> None:
 
 
 def s4d_scan(number: Numbers, planted: bool) -> None:
-    """Complex and real states, with everything there is and with nothing; whole and in segments."""
+    """Both forms, with everything there is and with nothing; whole and in segments."""
     import torch
 
     from lrnnx_core.backends import cuda_s4d as kernels
+    from lrnnx_core.backends import cuda_s4d_chunks as chunks
 
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
-    with mock.patch.multiple(kernels, LONG=256, LONG_IF_NARROW=256, SHORTEST=64):
+    with (
+        mock.patch.multiple(kernels, LONG=256, LONG_IF_NARROW=256, SHORTEST=64),
+        mock.patch.multiple(chunks, SHORTEST=1, FILLED=0),
+    ):
         for cache in (kernels.launch, kernels.segments):
             cache.cache_clear()
-        for dtype, rich in itertools.product(dtypes[: 1 if planted else None], (True, False)):
-            real = torch.promote_types(dtype, torch.float32)
+        kinds = ("everything", "real states", "no reset")
+        for dtype, kind in itertools.product(dtypes[: 1 if planted else None], kinds):
+            real, rich = torch.promote_types(dtype, torch.float32), kind != "real states"
             state = torch.promote_types(dtype, torch.complex64) if rich else real
             for batch, length, channels, states in ((2, 75, 35, 11), (1, 700, 5, 32)):
                 u = number(batch, length, channels, dtype=dtype, low=-1.0)
                 a, v = (number(channels, states, dtype=state) for _ in range(2))
                 lengths = torch.full((batch,), length - 9, device=u.device) if rich else None
-                reset = number.flags(batch, length) if rich else None
+                reset = number.flags(batch, length) if kind == "everything" else None
                 D = number(channels, dtype=real) if rich else None
                 rest = (u, a, v, D, lengths, reset)
                 reverse = not rich and dtype != torch.float32
-                y, last, kept = kernels.s4d_scan(*rest, rich, reverse)
+                keep = kind == "everything"
+                y, last, kept = kernels.s4d_scan(*rest, keep, reverse)
                 kernels.s4d_scan_backward(kept, y, last, *rest, reverse)
         for cache in (kernels.launch, kernels.segments):
             cache.cache_clear()
@@ -389,6 +434,23 @@ def cauchy(number: Numbers, planted: bool) -> None:
             square, rho = (0.1 + number(2, 3, states, dtype=dtype) for _ in range(2))
             rest = (alpha, beta, square, rho, 1 + number(2, 3, dtype=dtype), length)
             kernels.cauchy_backward(kernels.cauchy(*rest), *rest)
+
+
+def discretize_diagonal(number: Numbers, planted: bool) -> None:
+    """Complex, in parts and real; steps that all states share, also in time, and their own."""
+    import torch
+
+    from lrnnx_core.backends import cuda_discretize as kernels
+
+    for dtype in (torch.complex64, torch.float64)[: 1 if planted else None]:
+        real = dtype.to_real()
+        for rows, states, times in ((5, 35, 1), (3, 7, 37)):
+            A, dt = -number(1, rows, states, dtype=dtype), number(times, rows, 1, dtype=real)
+            B, im = (number(1, rows, states, dtype=real) for _ in range(2))
+            parts = (B, im) if dtype.is_complex else (B, None)
+            for scheme in ("zoh", "gbt", "dirac"):
+                rest: tuple[Any, ...] = (A, None, dt, None, *parts, scheme, 0.5)
+                kernels.discretize_backward(*kernels.discretize(*rest), *rest)
 
 
 class Selective(NamedTuple):
@@ -502,6 +564,32 @@ def linear_step(number: Numbers, planted: bool) -> None:
             kernels.linear_step(x, weight, number(outputs, dtype=dtype))
 
 
+def linear_tile(number: Numbers, planted: bool) -> None:
+    """Tails of rows, inputs and outputs, small tiles and large ones, copies of single numbers."""
+    import torch
+
+    from lrnnx_core.backends import cuda_linear_step as kernels
+
+    for dtype in (torch.float32, torch.float64)[: 1 if planted else None]:
+        for rows, inputs, outputs in ((9, 1544, 37), (40, 31, 301), (130, 260, 1030))[
+            : 1 if planted else None
+        ]:
+            x, weight = number(rows, inputs, dtype=dtype), number(outputs, inputs, dtype=dtype)
+            kernels.linear_step(x, weight, number(outputs, dtype=dtype))
+
+
+def linear_mma(number: Numbers, planted: bool) -> None:
+    """Tails of rows, inputs and outputs, one tile and several, more inputs than are under way."""
+    import torch
+
+    from lrnnx_core.backends import cuda_linear_mma as kernels
+
+    sizes = ((9, 32, 51), (70, 1544, 37), (17, 264, 602), (33, 24, 900))
+    for rows, inputs, outputs in sizes[: 1 if planted else None]:
+        x, weight = (number(n, inputs, dtype=torch.bfloat16) for n in (rows, outputs))
+        kernels.linear_mma(x, weight, number(outputs, dtype=torch.bfloat16))
+
+
 def mamba_step(number: Numbers, planted: bool) -> None:
     """One row, several and many, odd sizes, many states, with everything there is and nothing."""
     import torch
@@ -586,6 +674,19 @@ def single_steps(number: Numbers, planted: bool) -> None:
             cuda_steps_norm.rms_norm(low(rows, H), low(H), 1e-6)
 
 
+def trilinear(number: Numbers, planted: bool) -> None:
+    """Few samples, divided over blocks, and many; weights along either axis; one tile and two."""
+    from lrnnx_core.backends import cuda_trilinear as kernels
+
+    for samples in (301,) if planted else (301, 9001):
+        w = number(132, 5, 20, low=-1.0)
+        h, v, g = (number(samples, n, low=-1.0) for n in (5, 20, 132))
+        kernels.trilinear(w, h, v, 1)
+        kernels.trilinear(w.transpose(0, 1), g, v, 1)
+        kernels.trilinear(w.permute(2, 0, 1), g, h, 1)
+        kernels.trilinear_outer(g, h, v, 1)
+
+
 def add_norm(number: Numbers, planted: bool) -> None:
     """Rows of a warp and of several, with tails and without, and every optional part."""
     import torch
@@ -607,9 +708,9 @@ def add_norm(number: Numbers, planted: bool) -> None:
 
 
 OPERATORS = (
-    add_norm, argmax, linear_step, mamba_step, single_steps,
+    add_norm, argmax, linear_step, linear_tile, linear_mma, mamba_step, single_steps,
     linear_scan, causal_conv1d, rg_lru_scan, diagonal_scan, projected_scan, s4d_scan,
-    selective_scan, selective_step, vandermonde, cauchy,
+    selective_scan, selective_step, vandermonde, cauchy, discretize_diagonal, trilinear,
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,10 +20,10 @@ SUM_WARPS = 8
 MOST_TILES = 1024  # partial sums of a parameter
 LARGEST = 2**31 - 1
 SEGMENTS = (128, 64, 32, 16)  # steps that a thread walks: the longest which fill the device
-SEQUENCE, TAIL, PARAMETER, BITS, SIZE = "P3q", "P2q", "Pq", "P3q", "12q"
+SEQUENCE, TAIL, PARAMETER, BITS, SIZE = "P3q", "P2q", "Pq", "P3q", "11q"
 LAYOUTS = {
     "forward": SEQUENCE + TAIL + PARAMETER * 2 + BITS + "2P" + SIZE,
-    "backward": SEQUENCE * 2 + TAIL * 2 + PARAMETER * 2 + BITS + "3P" + SIZE,
+    "backward": SEQUENCE * 3 + TAIL * 2 + PARAMETER * 2 + BITS + SEQUENCE + "2P" + SIZE,
     "sum": "3P3q",
 }
 NAMES = {d: cuda.NAMES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
@@ -42,6 +43,7 @@ class Tuning(NamedTuple):
         unroll: steps whose inputs a thread asks for at once.
         pack: channels of a thread, at most, for up to four taps; half of it for more.
         resident: threads a multiprocessor that a launch should have at least.
+        ahead: whether inputs are asked for while those before are computed.
     """
 
     threads: int
@@ -50,17 +52,33 @@ class Tuning(NamedTuple):
     unroll: int
     pack: int
     resident: int
+    ahead: bool = False
 
 
-TUNING = {
-    "forward": Tuning(256, 256, 2, 4, 8, 1024),
-    "backward": Tuning(128, 32, 3, 4, 4, 512),
+FORWARD = Tuning(256, 256, 2, 4, 8, 1024)
+# By the bytes of a number: with one gradient of y, and with two.
+BACKWARD = {
+    2: (Tuning(128, 32, 3, 4, 4, 512, True), Tuning(128, 32, 3, 4, 4, 512, True)),
+    4: (Tuning(128, 32, 3, 2, 4, 512, True), Tuning(128, 32, 3, 1, 4, 512, True)),
+    8: (Tuning(128, 32, 3, 2, 4, 512), Tuning(128, 32, 3, 1, 4, 512)),
 }
+
+
+def tuning_of(step: str, size: int, second: bool = False) -> Tuning:
+    """Return the shape of a step's launches for numbers of so many bytes."""
+    return FORWARD if step == "forward" else BACKWARD[size][second]
 
 
 @functools.cache
 def kernel(
-    step: str, dtype: torch.dtype, weight: torch.dtype, taps: int, pack: int, tuning: Tuning
+    step: str,
+    dtype: torch.dtype,
+    weight: torch.dtype,
+    taps: int,
+    silu: bool,
+    pack: int,
+    tuning: Tuning,
+    second: bool = False,
 ) -> cuda.Kernel:
     """Return a kernel.
 
@@ -69,19 +87,25 @@ def kernel(
         dtype: of the sequences.
         weight: dtype of the weight and the bias.
         taps: K.
+        silu: whether it is the activation.
         pack: neighbouring channels that a thread computes.
         tuning: see `Tuning`.
+        second: whether the backward adds a second gradient to that of y.
     """
     definitions = {
         "DTYPE": NAMES[dtype],
         "WEIGHT": NAMES[weight],
         "TAPS": taps,
+        "SILU": "true" if silu else "false",
         "PACK": pack,
         "THREADS": tuning.threads,
         "BLOCKS": tuning.blocks,
         "UNROLL": tuning.unroll,
         step.upper(): 1,
     }
+    if step == "backward":
+        definitions["AHEAD"] = "true" if tuning.ahead else "false"
+        definitions["SECOND"] = "true" if second else "false"
     entry = "causal_conv1d" if step == "forward" else "causal_conv1d_backward"
     return cuda.Kernel("causal_conv1d.cu", entry, definitions, LAYOUTS[step])
 
@@ -97,12 +121,21 @@ def _sum(weight: torch.dtype, state: torch.dtype, taps: int) -> cuda.Kernel:
 def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
     """Return the kernels of the models' convolutions, four taps wide, on aligned tensors."""
     found: list[cuda.Kernel] = []
+
+    def add(step: str, weight: torch.dtype, silu: bool = True, second: bool = False) -> None:
+        tuning = tuning_of(step, dtype.itemsize, second)
+        pack = _most(tuning, dtype, 4)
+        found.append(kernel(step, dtype, weight, 4, silu, pack, tuning, second))
+
     for dtype in NAMES:
         state = STATES[dtype]
-        for weight in dict.fromkeys((dtype, state)):
-            for step, tuning in TUNING.items():
-                pack = _most(tuning, dtype, 4)
-                found.append(kernel(step, dtype, weight, 4, pack, tuning))
+        weights = (dtype,) if dtype == torch.float16 else dict.fromkeys((dtype, state))
+        for step, weight in itertools.product(("forward", "backward"), weights):
+            add(step, weight)
+        if dtype in (torch.float32, torch.bfloat16):
+            add("forward", dtype, silu=False)  # RG-LRU's
+            add("backward", dtype, silu=False)
+            add("backward", dtype, second=True)  # Mamba's
         found.append(_sum(dtype, state, 4))
     return found
 
@@ -125,7 +158,7 @@ class Shape(NamedTuple):
         reset: its (group, row, time) strides.
         groups: of batch elements, each with a weight of its own.
         tiles: partial sums of a group.
-        sizes: the last fields of the arguments, without silu and wide.
+        sizes: the last fields of the arguments, without wide.
     """
 
     kernel: cuda.Kernel
@@ -151,6 +184,7 @@ def _shape(
     weight: Strides,
     bias: Strides | None,
     reset: Strides | None,
+    silu: bool,
     alignment: int,
     device: int,
 ) -> Shape | None:
@@ -162,10 +196,11 @@ def _shape(
         weight_dtype: of weight and bias.
         shape: of x.
         weight_shape: that of the weight.
-        sequences: strides of x, and of grad_y before it.
+        sequences: strides of x; backward of grad_y, what is added to it, x and dx.
         weight: its strides.
         bias: its strides.
         reset: its strides.
+        silu: whether it is the activation.
         alignment: the bits of all addresses of sequences and tails below 16.
         device: its index.
     """
@@ -180,16 +215,17 @@ def _shape(
         return None
     times = [s[-2] if length > 1 else 0 for s in sequences]
     strides = tuple((*r, t) for r, t in zip(rows, times, strict=True) if r is not None)
-    tuning = TUNING[step]
+    second = len(sequences) == 4
+    tuning = tuning_of(step, size, second)
     together = math.gcd(channels, *(x for s in strides for x in s))
     pack = math.gcd(_most(tuning, dtype, taps), together, (alignment or 16) // size)
     groups, inner = math.prod(batch[:shared]), math.prod(batch[shared:])
     blocks, threads, tiles, sizes = _launch(
-        step, groups, inner, length, channels // pack, cuda.limits(device)
+        step, tuning, groups, inner, length, channels // pack, cuda.limits(device)
     )
     entries = (taps - 1) * channels
     return Shape(
-        kernel(step, dtype, weight_dtype, taps, pack, tuning),
+        kernel(step, dtype, weight_dtype, taps, silu, pack, tuning, second),
         blocks, threads, strides, (inner * entries, entries), (own[0] or 0, own[1] or 0),
         (0, 0, 0) if reset is None else (*(flags or ()), reset[-1]),
         groups, tiles, (length, channels, *sizes),
@@ -232,10 +268,15 @@ def _group(strides: Strides, shape: Sequence[int], shared: int) -> int | None:
 
 
 def _launch(
-    step: str, groups: int, rows: int, length: int, packs: int, limits: cuda.Limits
+    step: str,
+    tuning: Tuning,
+    groups: int,
+    rows: int,
+    length: int,
+    packs: int,
+    limits: cuda.Limits,
 ) -> tuple[int, int, int, Strides]:
     """Return blocks, threads, tiles of a group, and (rows, segment, ..., span) of the arguments."""
-    tuning = TUNING[step]
     segment = next(
         (
             s
@@ -284,7 +325,7 @@ def causal_conv1d(
     call = _shape(
         "forward", x.dtype, weight.dtype, shape, weight.shape, (x.stride(),), weight.stride(),
         None if bias is None else bias.stride(), None if reset is None else reset.stride(),
-        (at_x | at_tail) & 15, device,
+        silu, (at_x | at_tail) & 15, device,
     )  # fmt: skip
     if call is None:
         x, weight, bias, tail, reset = _compact(x, weight, bias, tail, reset)
@@ -298,7 +339,7 @@ def causal_conv1d(
         *_pointers(call, weight, bias),
         0 if reset is None else reset.data_ptr(), *call.reset,
         y.data_ptr(), last.data_ptr(),
-        *call.sizes, silu, _wide(call, weight),
+        *call.sizes, _wide(call, weight),
     )  # fmt: skip
     return y, last
 
@@ -312,34 +353,49 @@ def causal_conv1d_backward(
     tail: Tensor | None,
     reset: Tensor | None,
     silu: bool,
+    more: Tensor | None = None,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Leaf: (dx, dweight, dbias, dtail), as `blocked_conv1d.causal_conv1d_backward`."""
+    """Leaf: (dx, dweight, dbias, dtail), as `blocked_conv1d.causal_conv1d_backward`.
+
+    Beyond the leaf's arguments: ``more``, like y, is added to grad_y; the gradient is written to
+    ``dx``, like x, some channels of a contiguous tensor.
+    """
     given = (grad_y, grad_last, x, weight, bias, tail, reset)
-    if not _fits(x, weight) or not grad_y.dtype == grad_last.dtype == x.dtype:
-        return blocked_conv1d.causal_conv1d_backward(*given, silu)
+    if (
+        not _fits(x, weight)
+        or not grad_y.dtype == grad_last.dtype == x.dtype
+        or (more is not None and more.dtype != x.dtype)
+    ):
+        given = given if more is None else (grad_y + more, *given[1:])
+        found, *rest = blocked_conv1d.causal_conv1d_backward(*given, silu)
+        return found if dx is None else dx.copy_(found), rest[0], rest[1], rest[2]
     device = _check(
         "causal_conv1d_backward", x, weight=weight, bias=bias, tail=tail, reset=reset,
-        grad_y=grad_y, grad_last=grad_last,
+        grad_y=grad_y, grad_last=grad_last, more=more,
     )  # fmt: skip
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return causal_conv1d_backward(*given, silu)
+            return causal_conv1d_backward(*given, silu, more, dx)
     w, b = _parameters(x, weight, bias)
     shape, taps = x.shape, weight.shape[-1]
     before = None if tail is None or taps == 1 else tail.contiguous()
     grad_last = grad_last.contiguous()
     at_g, at_x, at_last = grad_y.data_ptr(), x.data_ptr(), grad_last.data_ptr()
     at_tail = 0 if before is None else before.data_ptr()
+    to = torch.empty(shape, dtype=x.dtype, device=x.device) if dx is None else dx
+    at_dx, at_more = to.data_ptr(), 0 if more is None else more.data_ptr()
+    sequences = [t.stride() for t in (grad_y, more, x, to) if t is not None]
     call = _shape(
-        "backward", x.dtype, w.dtype, shape, w.shape, (grad_y.stride(), x.stride()), w.stride(),
+        "backward", x.dtype, w.dtype, shape, w.shape, tuple(sequences), w.stride(),
         None if b is None else b.stride(), None if reset is None else reset.stride(),
-        (at_g | at_x | at_last | at_tail) & 15, device,
+        silu, (at_g | at_more | at_x | at_last | at_tail | at_dx) & 15, device,
     )  # fmt: skip
     if call is None:
-        grad_y, _, grad_last = _compact(grad_y, weight, grad_last)
+        grad_y, _, grad_last, more = _compact(grad_y, weight, grad_last, more)
         x, weight, bias, tail, reset = _compact(x, weight, bias, tail, reset)
-        return causal_conv1d_backward(grad_y, grad_last, x, weight, bias, tail, reset, silu)
-    dx = torch.empty(shape, dtype=x.dtype, device=x.device)
+        given = (grad_y, grad_last, x, weight, bias, tail, reset)
+        return causal_conv1d_backward(*given, silu, more, dx)
     dtail = x.new_empty(0 if tail is None else tail.shape)
     dweight = torch.empty(w.shape, dtype=w.dtype, device=x.device)
     dbias = x.new_empty(0) if b is None else torch.empty(b.shape, dtype=b.dtype, device=x.device)
@@ -349,13 +405,15 @@ def causal_conv1d_backward(
     call.kernel.launch(
         device, call.blocks, call.threads, 0,
         at_g, *call.sequences[0],
-        at_x, *call.sequences[1],
+        at_more, *(call.sequences[1] if at_more else (0, 0, 0)),
+        at_x, *call.sequences[-2],
         at_last, *call.tail,
         at_tail, *call.tail,
         *_pointers(call, w, b),
         0 if reset is None else reset.data_ptr(), *call.reset,
-        dx.data_ptr(), 0 if tail is None else dtail.data_ptr(), partial.data_ptr(),
-        *call.sizes, silu, _wide(call, w),
+        at_dx, *call.sequences[-1],
+        0 if tail is None else dtail.data_ptr(), partial.data_ptr(),
+        *call.sizes, _wide(call, w),
     )  # fmt: skip
     blocks = -(-numbers // cuda.WARP)
     _sum(w.dtype, state, taps).launch(
@@ -364,7 +422,7 @@ def causal_conv1d_backward(
         call.tiles, channels, blocks,
     )  # fmt: skip
     dbias = dbias if bias is None else dbias.to(bias.dtype)
-    return dx, dweight.to(weight.dtype), dbias, dtail
+    return to, dweight.to(weight.dtype), dbias, dtail
 
 
 def _pointers(call: Shape, weight: Tensor, bias: Tensor | None) -> tuple[int, int, int, int]:

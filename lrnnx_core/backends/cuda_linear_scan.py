@@ -74,6 +74,7 @@ def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
             for pack in packs
         ]
         found.append(cuda_tiles.sum_kernel(dtype))
+    found += [cuda_tiles.sum_kernel(d, 4) for d in (torch.float32, torch.bfloat16)]
     return found
 
 

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""A linear map of a few rows on CUDA: shapes, and the launch of cuda/linear_step.cu."""
+"""A linear map of few rows on CUDA: who computes it, and the shapes of cuda/linear_step.cu."""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lrnnx_core.backends import cuda
+from lrnnx_core.backends import cuda, cuda_linear_mma, cuda_linear_tile, donation
+from lrnnx_core.backends.cuda_linear_tile import Shape
+from lrnnx_core.backends.transforms import tf32_allowed
 
-MOST_ROWS = 4  # of x; above, matrix units are faster
+MOST_ROWS = 256  # of x; above, torch multiplies
+FEW_ROWS = 4  # up to which linear_step.cu reads the weight once
 THREADS = 128  # of a block, at least
 UNROLL = 4  # pieces of a row of the weight that a thread asks for at a time
 GROUPS = (8, 128)  # threads that share a row of the weight, at least and at most
 OUTPUTS = 4  # rows of the weight that they work on together, at most
 BUSY = (1024, 256)  # threads of a multiprocessor, enough for more outputs in each; > 2 rows of x
+AT_ONCE = 8  # blocks of a multiprocessor; where there are more, asking ahead is slower
 LAYOUT = "4P5q"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -35,7 +39,13 @@ def partition(inputs: int, dtype: torch.dtype) -> tuple[int, int]:
 
 @functools.cache
 def kernel(
-    dtype: torch.dtype, vector: int, group: int, outputs: int, rows: int, wide: bool
+    dtype: torch.dtype,
+    vector: int,
+    group: int,
+    outputs: int,
+    rows: int,
+    wide: bool,
+    settled: bool = False,
 ) -> cuda.Kernel:
     """Return a kernel.
 
@@ -46,6 +56,7 @@ def kernel(
         outputs: rows of the weight that they work on together.
         rows: of x, at most.
         wide: whether neighbours are loaded together.
+        settled: whether the weight is asked for before the kernel ahead has ended.
     """
     definitions = {
         "DTYPE": cuda.NAMES[dtype],
@@ -56,16 +67,9 @@ def kernel(
         "UNROLL": UNROLL,
         "THREADS": max(THREADS, group),
         "WIDE": "true" if wide else "false",
+        "SETTLED": "true" if settled else "false",
     }
     return cuda.Kernel("linear_step.cu", "linear_step", definitions, LAYOUT, overlaps=True)
-
-
-class Shape(NamedTuple):
-    """The launch for inputs of certain shapes; the kernel is None where torch's is taken."""
-
-    kernel: cuda.Kernel | None
-    blocks: int
-    sizes: tuple[int, ...]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -77,32 +81,58 @@ def _shape(
     dtypes: tuple[torch.dtype, ...],
     alignment: int,
     device: int,
-) -> Shape:
-    dtype = dtypes[0]
+    tf32: bool,
+    settled: bool,
+) -> Shape | Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """Return the launch, or the function that computes it instead."""
+    dtype, weight_row = dtypes[0], weight_strides[0]
     plain = weight_strides[1] == 1 or inputs == 1
     fits = 0 < rows <= MOST_ROWS and inputs > 0 and outputs > 0
     if not (fits and plain and dtype in DTYPES and all(d is dtype for d in dtypes)):
-        return Shape(None, 0, ())
+        return linear
+    if rows <= FEW_ROWS:
+        return _few(rows, inputs, outputs, weight_row, dtype, alignment, device, settled)
+    if cuda_linear_tile.takes(rows, inputs, outputs, dtype, tf32):
+        return cuda_linear_tile.shape(
+            rows, inputs, outputs, weight_row, dtype, alignment, device, settled
+        )
+    if cuda_linear_mma.takes(rows, inputs, outputs, weight_row, dtypes, alignment, device):
+        return cuda_linear_mma.linear_mma
+    return linear
+
+
+def _few(
+    rows: int,
+    inputs: int,
+    outputs: int,
+    weight_row: int,
+    dtype: torch.dtype,
+    alignment: int,
+    device: int,
+    settled: bool,
+) -> Shape:
     vector, group = partition(inputs, dtype)
     width = vector * dtype.itemsize
-    wide = not alignment % width and not weight_strides[0] % vector
+    wide = not alignment % width and not weight_row % vector
     held = 1
     while held < rows:
         held *= 2
-    threads = outputs * group // max(cuda.limits(device).multiprocessors, 1)
+    multiprocessors = max(cuda.limits(device).multiprocessors, 1)
+    threads = outputs * group // multiprocessors
     together, busy = 1, BUSY[rows > 2]
     while together < OUTPUTS and together * held < 16 and threads >= 2 * together * busy:
         together *= 2
-    call = kernel(dtype, vector, group, together, held, wide)
-    per_block = max(THREADS, group) // group * together
-    sizes = (rows, inputs, outputs, inputs, weight_strides[0])
-    return Shape(call, -(-outputs // per_block), sizes)
+    block = max(THREADS, group)
+    blocks = -(-outputs // (block // group * together))
+    settled = settled and blocks <= AT_ONCE * multiprocessors
+    call = kernel(dtype, vector, group, together, held, wide, settled)
+    return Shape(call, blocks, block, 0, (rows, inputs, outputs, inputs, weight_row))
 
 
 def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return y (..., outputs) = x W^T + b for x (..., inputs) and W (outputs, inputs).
 
-    More than `MOST_ROWS` rows, and what the kernel does not read, torch multiplies.
+    More than `MOST_ROWS` rows, and what no kernel reads, torch multiplies.
 
     Raises:
         ValueError: a tensor on another device.
@@ -124,13 +154,15 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x = x.contiguous()
     at_x, at_weight = x.data_ptr(), weight.data_ptr()
     dtypes = (x.dtype, weight.dtype) if bias is None else (x.dtype, weight.dtype, bias.dtype)
-    call = _shape(rows, inputs, outputs, weight.stride(), dtypes, (at_x | at_weight) & 15, device)
-    if call.kernel is None:
-        return linear(x, weight, bias)
+    call = _shape(
+        rows, inputs, outputs, weight.stride(), dtypes, (at_x | at_weight) & 15, device,
+        rows > FEW_ROWS and tf32_allowed(), donation.settled(weight),
+    )  # fmt: skip
+    if not isinstance(call, Shape):
+        return call(x, weight, bias)
     y = x.new_empty((*x.shape[:-1], outputs))
-    threads = max(THREADS, partition(inputs, x.dtype)[1])
     call.kernel.launch(
-        device, call.blocks, threads, 0, at_x, at_weight,
+        device, call.blocks, call.threads, call.shared, at_x, at_weight,
         0 if bias is None else bias.data_ptr(), y.data_ptr(), *call.sizes,
     )  # fmt: skip
     return y
@@ -139,13 +171,15 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
     """Return the kernels of one and four rows for 768 and 1536 inputs, and a large vocabulary."""
     found: list[cuda.Kernel] = []
-    for dtype, inputs, outputs, rows in (
-        (torch.bfloat16, 768, 1, 1), (torch.bfloat16, 1536, 1, 1), (torch.bfloat16, 768, 4, 1),
-        (torch.bfloat16, 768, 2, 4), (torch.bfloat16, 1536, 1, 4),
-        (torch.float32, 768, 1, 1), (torch.float16, 768, 1, 1), (torch.float64, 768, 1, 1),
+    for dtype, inputs, outputs, rows, settled in (
+        (torch.bfloat16, 768, 1, 1, False), (torch.bfloat16, 1536, 1, 1, False),
+        (torch.bfloat16, 768, 4, 1, False), (torch.bfloat16, 768, 2, 4, False),
+        (torch.bfloat16, 1536, 1, 4, False), (torch.float32, 768, 1, 1, False),
+        (torch.float16, 768, 1, 1, False), (torch.float64, 768, 1, 1, False),
+        (torch.bfloat16, 768, 1, 1, True), (torch.bfloat16, 1536, 1, 1, True),
     ):  # fmt: skip
         vector, group = partition(inputs, dtype)
-        found.append(kernel(dtype, vector, group, outputs, rows, True))
+        found.append(kernel(dtype, vector, group, outputs, rows, True, settled))
     return found
 
 

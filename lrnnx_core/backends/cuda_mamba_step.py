@@ -19,10 +19,17 @@ FEW_BLOCKS = 6  # the same where a thread has one row: there are hardly more
 ROWS = (4, 2)  # of the batch that a thread of it works on together, at most; the same
 ROWS_BLOCKS = 8  # of it on a multiprocessor that there are then, at least
 RANK_VECTOR = 4  # neighbours of r that a thread of it reads at a time, at most
-RANK_UNROLL = (2, 1)  # such reads that a thread asks for together, for one row and for several
+RANK_HELD = (10, 4)  # such reads that a thread asks for ahead, at most, for one row and for several
+MANY = 8  # rows of the batch from which on the first kernel runs on tensor cores
+MANY_VECTOR = 8  # neighbouring channels of its threads, which with the next ones fixes its sums
+MANY_SLICES, MANY_WARPS = 8, 12  # of the channels, of a block, at most
+MANY_ROWS, MANY_TILES = 8, 6  # rows of the batch and, at most, 16s of outputs of a block
+MANY_BLOCKS = 2.5  # on a multiprocessor: as few outputs a block as give no more
+MANY_CAPABILITY = (9, 0)
 MIXED_THREADS = 256  # of a block of the first kernel, at most
 MIXED_ROWS, MIXED_OUTPUTS = 2, 16  # that a block of the first kernel has, at most
 MOST_TAPS = 8
+MOST_OF_A_ROW = 2**28  # numbers of a weight and of a row of the state
 LAYOUT = "16P9qd"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -52,8 +59,53 @@ def mixed_kernel(
     )
 
 
+@functools.cache
+def many_kernel(
+    taps: int, tiles: int, vector: int, warps: int, pieces: int, slices: int
+) -> cuda.Kernel:
+    """Return the kernel of v, r, B and C on tensor cores, in bfloat16.
+
+    Args:
+        taps: of the convolution.
+        tiles: 16s of outputs of a block.
+        vector: neighbouring channels of a thread.
+        warps: of a block.
+        pieces: of four times so many channels that a warp takes.
+        slices: of the channels.
+    """
+    shared = _many_bytes(tiles, vector, warps, slices)
+    definitions = {
+        "DTYPE": cuda.NAMES[torch.bfloat16],
+        "TAPS": taps,
+        "TILES": tiles,
+        "VECTOR": vector,
+        "WARPS": warps,
+        "PIECES": pieces,
+        "SLICES": slices,
+        "SHARED_BYTES": shared,
+    }
+    return cuda.Kernel(
+        "mamba_step_many.cu", "mamba_step_many", definitions, LAYOUT, shared, overlaps=True
+    )
+
+
+def _many_bytes(tiles: int, vector: int, warps: int, slices: int) -> int:
+    """Return the shared memory of a block: weights, sums of its warps and of slices, a barrier."""
+    weights = 2 * tiles * cuda.WARP * warps * vector * torch.bfloat16.itemsize
+    share = -(-MANY_ROWS * 16 * tiles // slices)
+    sums = warps * MANY_ROWS * (16 * tiles + 4) + slices * share
+    total = weights + sums * torch.float32.itemsize
+    return -(-(total + 8) // 16) * 16
+
+
 def kernel(
-    dtype: torch.dtype, taps: int, scheme: str, split: bool, states: int, rank: int, rows: int
+    dtype: torch.dtype,
+    taps: int,
+    scheme: str,
+    split: bool,
+    states: int,
+    rank: int,
+    rows: int,
 ) -> cuda.Kernel:
     """Return the kernel of the recurrence.
 
@@ -68,9 +120,12 @@ def kernel(
     """
     state = torch.promote_types(dtype, torch.float32)
     vector, lanes = partition(states, state)
+    width = min(_width(rank, dtype), RANK_VECTOR)
+    held = min(-(-rank // (width * lanes)), RANK_HELD[rows > 1])
     return _kernel(
-        dtype, taps, scheme, split, vector, lanes, rows,
-        min(_width(rank, dtype), RANK_VECTOR), states > vector * lanes,
+        dtype, taps, scheme, split, vector, lanes, rows, width, held,
+        rank if rank == held * width * lanes else 0, states == vector * lanes,
+        states > vector * lanes,
     )  # fmt: skip
 
 
@@ -84,6 +139,9 @@ def _kernel(
     lanes: int,
     rows: int,
     rank_vector: int,
+    rank_held: int,
+    rank: int,
+    full: bool,
     loop: bool,
 ) -> cuda.Kernel:
     definitions = {
@@ -95,9 +153,11 @@ def _kernel(
         "LANES": lanes,
         "ROWS": rows,
         "RANK_VECTOR": rank_vector,
+        "RANK_HELD": rank_held,
+        "FULL_RANK": rank,
+        "FULL": "true" if full else "false",
         "LOOP": "true" if loop else "false",
         "THREADS": THREADS,
-        "RANK_UNROLL": RANK_UNROLL[rows > 1],
         "BLOCKS": BLOCKS[loop] if rows > 1 else FEW_BLOCKS,
     }
     return cuda.Kernel("mamba_step.cu", "mamba_step", definitions, LAYOUT, overlaps=True)
@@ -119,46 +179,71 @@ def _width(size: int, dtype: torch.dtype) -> int:
     return vector
 
 
+class First(NamedTuple):
+    """The launch of the first kernel."""
+
+    kernel: cuda.Kernel | None
+    blocks: int
+    threads: int
+    shared: int
+    tiles: int  # of outputs
+
+
 def _first(
     dtype: torch.dtype, taps: int, batch: int, channels: int, outputs: int, device: int
-) -> tuple[cuda.Kernel, tuple[int, int], int]:
-    """Return the first kernel, its blocks and threads, and the tiles of outputs."""
-    vector = _width(channels, dtype)
+) -> First:
+    vector, busy = _width(channels, dtype), cuda.limits(device).multiprocessors
+    if (
+        dtype is torch.bfloat16
+        and batch >= MANY
+        and vector >= MANY_VECTOR
+        and torch.cuda.get_device_capability(device) >= MANY_CAPABILITY
+    ):
+        return _many(taps, batch, channels, outputs, busy)
     threads = min(MIXED_THREADS, -(-channels // vector // cuda.WARP) * cuda.WARP)
     together, held = 1, 1
-    busy = cuda.limits(device).multiprocessors
     while held < MIXED_OUTPUTS and batch * -(-outputs // (2 * held)) >= busy:
         held *= 2
     while together < MIXED_ROWS and -(-batch // (2 * together)) * -(-outputs // held) >= busy:
         together *= 2
     tiles = -(-outputs // held)
     chosen = mixed_kernel(dtype, taps, vector, held, together)
-    return chosen, (tiles * -(-batch // together), threads), tiles
+    return First(chosen, tiles * -(-batch // together), threads, 0, tiles)
+
+
+def _many(taps: int, batch: int, channels: int, outputs: int, busy: int) -> First:
+    chunks = -(-channels // (4 * MANY_VECTOR))  # a warp takes them one at a time
+    warps = min(MANY_WARPS, -(-chunks // MANY_SLICES))
+    pieces = -(-chunks // (MANY_SLICES * warps))
+    slices = -(-chunks // (warps * pieces))
+    blocks = slices * -(-batch // MANY_ROWS)
+    count, tiles = -(-outputs // 16), 1
+    while tiles < MANY_TILES and blocks * -(-count // tiles) > MANY_BLOCKS * busy:
+        tiles += 1
+    groups = -(-count // tiles)
+    chosen = many_kernel(taps, -(-count // groups), MANY_VECTOR, warps, pieces, slices)
+    return First(chosen, blocks * groups, cuda.WARP * warps, chosen.shared, groups)
 
 
 class Shape(NamedTuple):
     """Everything of a launch that does not change while shapes and dtypes do not.
 
     Attributes:
-        mixed: the first kernel; None where the formulas run in PyTorch.
-        mixed_grid: its blocks and threads.
-        mixed_tiles: of outputs.
+        first: the launch of the first kernel, None where the formulas run in PyTorch.
         kernel: the second kernel.
         blocks: its grid.
         tiles: of channels.
         sizes: batch, channels, states, rank, columns of B and C, pitch.
     """
 
-    mixed: cuda.Kernel | None
-    mixed_grid: tuple[int, int]
-    mixed_tiles: int
+    first: First
     kernel: cuda.Kernel | None
     blocks: int
     tiles: int
     sizes: tuple[int, ...]
 
 
-_NONE = Shape(None, (0, 0), 0, None, 0, 0, ())
+_NONE = Shape(First(None, 0, 0, 0, 0), None, 0, 0, ())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -196,7 +281,8 @@ def _shape(
         return _NONE
     if not (batch and channels and states and rank):
         return _NONE
-    first = _first(dtype, taps, batch, channels, rank + 2 * states, device)
+    if channels * max(2 * MOST_TAPS, rank + 2 * states) > MOST_OF_A_ROW:
+        return _NONE
     busy = cuda.limits(device).multiprocessors
     pieces, lanes = partition(states, state)
     rows, most = 1, min(ROWS[states > pieces * lanes], lanes)
@@ -205,9 +291,9 @@ def _shape(
         rows *= 2
     sizes = (batch, channels, states, rank, *_columns(rank, states, state))
     return Shape(
-        *first,
-        kernel(dtype, taps, scheme, split, states, rank, rows), tiles * -(-batch // rows), tiles,
-        sizes,
+        _first(dtype, taps, batch, channels, rank + 2 * states, device),
+        kernel(dtype, taps, scheme, split, states, rank, rows),
+        tiles * -(-batch // rows), tiles, sizes,
     )  # fmt: skip
 
 
@@ -268,7 +354,8 @@ def mamba_step(
             xz.shape[:-1], A.shape, dt_proj.shape[1], conv_weight.shape[-1], narrow,
             (A.dtype, h.dtype), split, normalized, scheme, device,
         )  # fmt: skip
-    if call.mixed is None or call.kernel is None:
+    first = call.first
+    if first.kernel is None or call.kernel is None:
         return library.default("mamba_step")(
             xz, conv, h, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, decay_dt,
             timesteps, dt_norm, B_norm, C_norm, dt_scale, normalized, state_only, scheme,
@@ -295,7 +382,9 @@ def mamba_step(
     pointers = [0 if t is None else t.data_ptr() for t in held]
     pointers += [mixed.data_ptr(), y.data_ptr(), tail.data_ptr(), new.data_ptr()]
     sizes, rest = call.sizes, (int(state_only), dt_scale)
-    call.mixed.launch(device, *call.mixed_grid, 0, *pointers, *sizes, call.mixed_tiles, *rest)
+    first.kernel.launch(
+        device, first.blocks, first.threads, first.shared, *pointers, *sizes, first.tiles, *rest
+    )
     call.kernel.launch(device, call.blocks, THREADS, 0, *pointers, *sizes, call.tiles, *rest)
     return y, tail, new
 
@@ -310,7 +399,8 @@ def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
         tile = (MIXED_OUTPUTS, MIXED_ROWS) if many else (1, 1)
         found.append(mixed_kernel(dtype, 4, 16 // dtype.itemsize, *tile))
         found.append(kernel(dtype, 4, "mamba", False, 16, 48, 4 if many else 1))
-    found.append(mixed_kernel(torch.bfloat16, 4, 8, 4, 1))  # eight rows
+    found.append(many_kernel(4, 1, MANY_VECTOR, 48 // MANY_VECTOR, 1, 8))  # to 64 rows
+    found.append(many_kernel(4, 3, MANY_VECTOR, 48 // MANY_VECTOR, 1, 8))
     found.append(kernel(torch.bfloat16, 4, "mamba", True, 16, 48, 1))  # STREAM
     found.append(kernel(torch.bfloat16, 4, "zoh", False, 16, 48, 4))
     found.append(kernel(torch.bfloat16, 4, "mamba", False, 128, 48, 2))

@@ -14,17 +14,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import blocked_s4d, cuda, cuda_tiles, library
+from lrnnx_core.backends import blocked_s4d, cuda, cuda_s4d_chunks, cuda_tiles, library
 from lrnnx_core.backends.reference import state_dtype
 
 WARPS, STAGES = 4, 3
 MOST_LANES = cuda.WARP
 FEWEST = 4  # states that are added in a row: lanes with fewer would change the order of sums
-MOST = {"forward": 8, "ends": 16, "backward": 8, "adjoint": 16}
+MOST = {"forward": 8, "ends": 16, "backward": 8, "free": 8, "adjoint": 16}
 """States of 8 bytes that the registers of a lane hold."""
-WORK = {"forward": (6, 10), "ends": (4, 3), "backward": (14, 14), "adjoint": (8, 3)}
+WORK = {
+    "forward": (6, 10),
+    "ends": (4, 3),
+    "backward": (14, 14),
+    "free": (10, 14),
+    "adjoint": (8, 3),
+}
 """Instructions a step of a lane: for each state, and besides."""
-REGISTERS = {"forward": (3, 70), "ends": (2, 60), "backward": (6, 90), "adjoint": (3, 75)}
+REGISTERS = {
+    "forward": (3, 70),
+    "ends": (2, 60),
+    "backward": (6, 90),
+    "free": (4, 90),
+    "adjoint": (3, 75),
+}
 """Numbers of a's dtype that a lane has for each state, and registers besides."""
 LATENCY = 40  # cycles a step that one warp alone on a scheduler waits
 LONG = 32768  # from this length on, time is cut into segments where a row does not fill the chip
@@ -35,6 +47,7 @@ COMMON, SEQUENCE = "3PP3q11q", "P4q"
 LAYOUTS = {
     "forward": COMMON + SEQUENCE + "5Pq",
     "backward": COMMON + SEQUENCE * 2 + "7P",
+    "free": COMMON + SEQUENCE * 2 + "7P",
     "ends": COMMON + SEQUENCE + "2P",
     "adjoint": COMMON + SEQUENCE + "2P",
     "starts": COMMON + "4P",
@@ -42,11 +55,13 @@ LAYOUTS = {
 ENTRIES = {
     "forward": ("s4d_scan", {"FORWARD": 1}),
     "backward": ("s4d_scan_backward", {"BACKWARD": 1}),
+    "free": ("s4d_scan_free", {"FREE": 1}),
     "ends": ("s4d_ends", {"ENDS": 1, "ADJOINT": "false"}),
     "adjoint": ("s4d_ends", {"ENDS": 1, "ADJOINT": "true"}),
     "starts": ("s4d_starts", {"STARTS": 1}),
 }
 THREADS_OF_STARTS = 128
+TWO_INPUTS = ("backward", "free")
 
 
 class Choice(NamedTuple):
@@ -86,7 +101,7 @@ def kernel(x: Choice) -> cuda.Kernel:
             "LANES": x.lanes,
             "WARPS": WARPS,
             "STAGES": STAGES,
-            "TOGETHER": max(4, min(16, (32 if x.step == "backward" else 64) // x.per_lane)),
+            "TOGETHER": max(4, min(16, (32 if x.step in TWO_INPUTS else 64) // x.per_lane)),
             "BLOCKS": max(1, min(8, 65536 // (cuda.WARP * WARPS * registers))),
         }
     shared = shared_bytes(x)
@@ -97,7 +112,7 @@ def kernel(x: Choice) -> cuda.Kernel:
 
 def shared_bytes(x: Choice) -> int:
     """Return the dynamic shared memory of a block: tiles and sums of the backward."""
-    if x.step != "backward":
+    if x.step not in TWO_INPUTS:
         return 0
     tile = x.channels * (8 if x.channels == cuda.WARP else 16) * x.dtype.itemsize
     totals = 2 * x.per_lane * WARPS * cuda.WARP * x.state.itemsize
@@ -249,6 +264,13 @@ def launch(p: Problem, step: str) -> Launch | None:
     return Launch(kernel(x), blocks, shared_bytes(x), sequences, reset, sizes)
 
 
+def _launch(p: Problem, step: str) -> Launch:
+    call = launch(p, step)
+    if call is None:
+        raise RuntimeError(f"s4d_scan: no launch for {p}")
+    return call
+
+
 class Inputs(NamedTuple):
     """Tensors of the arguments as the kernels read them."""
 
@@ -278,9 +300,7 @@ class Inputs(NamedTuple):
 
     def run(self, p: Problem, step: str, *rest: int, of: int | None = None) -> None:
         """Launch on the sequence ``of``, or all; ``rest`` are the arguments after them."""
-        call = launch(p, step)
-        if call is None:
-            raise RuntimeError(f"s4d_scan: no launch for {p}")
+        call = _launch(p, step)
         values: list[int] = [
             self.a.data_ptr(), self.v.data_ptr(), _at(self.lengths), self.first(self.reset, -1),
             *call.reset,
@@ -369,6 +389,10 @@ def s4d_scan(
     x, p = _inputs((u,), a, v, lengths, reset, reverse)
     starts = x.starts(p, None)
     direct = None if D is None else D.contiguous()
+    if cuda_s4d_chunks.takes(p) and not chunks:
+        addresses = _at(direct), _at(starts), x.first(y), last.data_ptr()
+        cuda_s4d_chunks.run(x, p, _launch(p, "forward"), "forward", *addresses)
+        return y, last, kept
     x.run(
         p, "forward", _at(direct), _at(starts), x.first(y), last.data_ptr(),
         kept.data_ptr() if chunks else 0, every,
@@ -414,10 +438,14 @@ def s4d_scan_backward(
     if D is not None:
         direct = D.contiguous()
         dD = torch.empty((pieces, D.shape[-1]), dtype=D.dtype, device=D.device)
-    x.run(
-        p, "backward", _at(direct), grad_last.data_ptr(), _at(starts), x.first(du),
-        da.data_ptr(), dv.data_ptr(), _at(dD),
-    )  # fmt: skip
+    partial = da.data_ptr(), dv.data_ptr(), _at(dD)
+    rest = _at(direct), grad_last.data_ptr(), _at(starts), x.first(du), *partial
+    if cuda_s4d_chunks.takes_backward(p, segments(p)[1]):
+        addresses = _at(direct), _at(starts), x.first(du), *partial
+        cuda_s4d_chunks.run(x, p, _launch(p, "backward"), "backward", *addresses, pieces)
+        x.run(p, "free", *rest)
+    else:
+        x.run(p, "backward", *rest)
     return (
         du,
         _summed(da, a, device),
@@ -482,6 +510,10 @@ def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
         x = Choice(step, f32, c64)
         found.append(kernel(choose(x, 32, 64, 512, limits.multiprocessors)))
     found.append(kernel(Choice("starts", f32, c64)))
+    chunks = cuda_s4d_chunks.kernels(limits)
+    if chunks:
+        x = Choice("free", f32, c64)
+        found += [*chunks, kernel(choose(x, 32, 64, 512, limits.multiprocessors))]
     return list(dict.fromkeys(found))
 
 

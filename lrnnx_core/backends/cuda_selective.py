@@ -20,9 +20,11 @@ TILE, SUB = 32, 8  # steps of a forward tile; steps that the backward holds in r
 # Most states of a lane, by the bytes of a state: what registers hold.
 MOST = {"forward": {4: 8, 8: 2, 16: 2}, "backward": {4: 8, 8: 2, 16: 1}}
 WARPS_WANTED = 7  # of a multiprocessor, nearly two a scheduler; with less a lane gets fewer states
+MOST_THREADS = 256  # of a multiprocessor, with the backward's registers
+RESERVED = 1024  # bytes of shared memory that the driver takes of a block
 SLICE = 256  # bytes of a channel's states that one launch computes; more are taken in turn
 LAYOUT = "P4q" * 4 + "P5q" * 2 + "P3q" * 2 + "4P" + "12q"
-LAYOUTS = {"forward": LAYOUT + "3P", "backward": LAYOUT + "P4q" + "14P", "ends": LAYOUT + "2P"}
+LAYOUTS = {"forward": LAYOUT + "3P", "backward": LAYOUT + "P4q" + "14Pq", "ends": LAYOUT + "2P"}
 LONG = 32768  # from this length on, time is cut into segments where a row does not fill the chip
 SHORTEST = 4096  # steps of a segment
 SEQUENCES = ("u", "dt", "z", "decay_dt")
@@ -52,6 +54,7 @@ class Choice(NamedTuple):
         tile: steps of a tile of the forward.
         together: steps of it whose outputs are summed over lanes together.
         stages: tiles under way, the one computed included.
+        row_slots: SUB steps of the backward whose dB and dC are summed over warps together.
     """
 
     step: str
@@ -74,6 +77,7 @@ class Choice(NamedTuple):
     tile: int = TILE
     together: int = 8
     stages: int = 2
+    row_slots: int = 4
 
     @property
     def channels(self) -> int:
@@ -97,11 +101,12 @@ def shared_bytes(x: Choice) -> int:
         return sum(-(-(bytes_ if there else 16) // 16) * 16 for there, bytes_ in pieces)
 
     sequence = steps * channels * item
-    stage = total(
-        (True, sequence), (True, sequence), (x.decay == 2, sequence),
+    matrices_and_times = (
         (x.b_varies, steps * states * matrix), (x.c_varies, steps * states * matrix),
         (x.timed, steps * real),
     )  # fmt: skip
+    stage_of_backward, slots = total(*matrices_and_times), CHUNK // SUB
+    stage = total((True, sequence), (True, sequence), (x.decay == 2, sequence), *matrices_and_times)
     if x.step != "backward":
         wide, out = matrix != state, x.step == "forward"
         stage += total((x.gate, sequence))
@@ -111,15 +116,26 @@ def shared_bytes(x: Choice) -> int:
             (True, steps * channels * step), (out, steps * channels * real),
         )  # fmt: skip
     matrices = x.b_varies + x.c_varies
-    element = SUB * channels * item
-    raw = total(*[(True, element)] * 3, (x.gate, element), (x.decay == 2, element))
-    return stage + 2 * raw + total(
+    word = SUB * channels  # elements of the lanes for SUB steps
+    if channels // x.warps < 4:
+        word = threads
+    gain = x.scheme in ("zoh", "bilinear")
+    in_place = x.softplus and item == real and not x.timed and not split
+    rows = x.row_slots * SUB
+    return stage_of_backward + total(
+        (True, (slots + 1) * word * item), (True, (slots + 1) * word * item),
+        (x.decay == 2, (slots + 1) * word * item),
+        (True, 2 * word * item), (x.gate, 2 * word * item),
         (x.b_varies, steps * states * state), (x.c_varies, steps * states * state),
-        (x.timed, steps * real), (True, steps * channels * step),
-        (True, SUB * channels * real), (True, SUB * channels * 4 * real),
-        (True, CHUNK // SUB * held * threads * state),
-        (matrices > 0, x.warps * SUB * matrices * states * state),
-        (x.timed, x.warps * SUB * real), (True, (3 - matrices) * held * threads * state),
+        (x.timed, steps * real), (True, steps * channels * real), (True, steps * channels * real),
+        (split and gain, steps * channels * real),
+        (True, SUB * channels * real), (x.gate, word * real),
+        (x.softplus and not in_place, slots * word * real),
+        (True, (2 + gain + x.gate) * (SUB * channels + 8 * x.warps) * real),
+        (True, slots * held * threads * state),
+        (matrices > 0, x.warps * rows * matrices * states * state),
+        (x.timed, x.warps * rows * real), (True, (3 - matrices) * held * threads * state),
+        (True, (2 + (x.decay == 1)) * word * real), (True, (2 + (x.decay == 1)) * channels * real),
     )  # fmt: skip
 
 
@@ -142,6 +158,8 @@ def kernel(x: Choice) -> cuda.Kernel:
     }  # fmt: skip
     if x.adjoint:
         definitions["ADJOINT"] = "true"
+    if x.step == "backward":
+        definitions["ROW_SLOTS"] = x.row_slots
     files = {"forward": "scan", "backward": "scan_backward", "ends": "ends"}
     name = f"selective_{files[x.step]}"
     return cuda.Kernel(f"{name}.cu", name, definitions, LAYOUTS[x.step], shared)
@@ -178,23 +196,46 @@ def choose(x: Choice, states: int, channels: int, pieces: int, limits: cuda.Limi
     fewest = max(most // 2, min(most, 2))
     if pieces * -(-channels // rows) < wanted and fewest < most:
         pack, per_lane, lanes = lay(fewest)
+    if backward:
+        both = [x._replace(pack=p, per_lane=s, lanes=n) for p, s, n in (lay(most), lay(fewest))]
+        block = min(64, 8 * both[1].pack * cuda.WARP // both[1].lanes)
+        return _frugal(both, block, limits)[0 if per_lane == both[0].per_lane else 1]
     rows = pack * cuda.WARP // lanes
-    if backward:  # channels of a block are summed: their number is fixed
-        block = min(64, 8 * pack * cuda.WARP // lay(fewest)[2])
-        warps = block // rows
-    else:
-        warps = 2
-        while warps > 1 and (warps // 2) * rows >= channels:
-            warps //= 2
+    warps = 2
+    while warps > 1 and (warps // 2) * rows >= channels:
+        warps //= 2
     x = x._replace(pack=pack, per_lane=per_lane, lanes=lanes, warps=warps)
     while shared_bytes(x) > limits.shared_per_block:
-        if not backward and x.tile > SUB:
+        if x.tile > SUB:
             x = x._replace(tile=x.tile // 2)
         elif x.warps > 1:
             x = x._replace(warps=x.warps // 2)
         else:
             break
     return x
+
+
+def _frugal(layouts: list[Choice], block: int, limits: cuda.Limits) -> list[Choice]:
+    """Return backwards with as much shared memory as costs no block of a multiprocessor.
+
+    Args:
+        layouts: of the same problem; they sum in one order.
+        block: channels of a block, fewer where that many do not fit.
+        limits: of the device.
+    """
+    layouts = [x._replace(warps=max(block * x.lanes // (x.pack * cuda.WARP), 1)) for x in layouts]
+
+    def best(x: Choice) -> Choice | None:
+        tries = [x, x._replace(row_slots=2), x._replace(row_slots=1)]
+        fit = [y for y in tries if shared_bytes(y) <= limits.shared_per_block]
+        blocks = [limits.shared // (shared_bytes(y) + RESERVED) for y in fit]
+        wanted = min(max(blocks, default=0), MOST_THREADS // (cuda.WARP * x.warps))
+        return next((y for y, n in zip(fit, blocks, strict=True) if n >= wanted), None)
+
+    found = [y for x in layouts if (y := best(x)) is not None]
+    if len(found) == len(layouts) or block == 1:
+        return found or layouts
+    return _frugal(layouts, block // 2, limits)
 
 
 class Problem:

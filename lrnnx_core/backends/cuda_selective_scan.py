@@ -115,16 +115,31 @@ def _between(
 
 
 def selective_scan_backward(
-    checkpoints: Tensor, grad_y: Tensor, grad_last: Tensor, u: Tensor, *rest: object
+    checkpoints: Tensor,
+    grad_y: Tensor,
+    grad_last: Tensor,
+    u: Tensor,
+    *rest: object,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Leaf: all gradients, as `blocked_selective.selective_scan_backward`."""
+    """Leaf: all gradients, as `blocked_selective.selective_scan_backward`.
+
+    Beyond the leaf's arguments: ``into``, two halves of the channels of a contiguous tensor. The
+    gradient of z is written to the second, that of dt to the first or wherever it is returned.
+    """
     if not cuda.ready() or not _fits(u, rest):
-        return blocked_selective.selective_scan_backward(checkpoints, grad_y, grad_last, u, *rest)
+        gradients = blocked_selective.selective_scan_backward(
+            checkpoints, grad_y, grad_last, u, *rest
+        )
+        return _moved(gradients, into)
     device = _check("selective_scan_backward", u, checkpoints, grad_y, grad_last, *rest)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return selective_scan_backward(checkpoints, grad_y, grad_last, u, *rest)
+            return selective_scan_backward(checkpoints, grad_y, grad_last, u, *rest, into=into)
     p = Problem(u, *rest, gy=grad_y)  # pyright: ignore[reportArgumentType]
+    asked = into
+    if p.z is None or p.dtype != u.dtype or len(p.slices()) > 1:
+        into = None  # not as the kernel writes it
     segments = p.segments(device)
     grad_last, kept = aligned(grad_last.to(p.state)), aligned(checkpoints)
     if segments[1] > 1:
@@ -133,10 +148,20 @@ def selective_scan_backward(
     dA = torch.empty((p.rows * segments[1], *shape[1:]), dtype=p.state, device=u.device)
     dh0 = torch.empty(shape, dtype=p.state, device=u.device)
     results = [
-        _backward(p, n, states, segments, kept, grad_last, dA, dh0, device)
+        _backward(p, n, states, segments, kept, grad_last, dA, dh0, device, into)
         for n, states in p.slices()
     ]
-    return _gathered(p, results, dA, dh0, (u, *rest))
+    return _moved(_gathered(p, results, dA, dh0, (u, *rest)), asked)
+
+
+def _moved(
+    gradients: tuple[Tensor | None, ...], into: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor | None, ...]:
+    """Copy the gradient of z to where it is asked for, if it is not there."""
+    g = gradients[6]
+    if into is None or g is None or g.data_ptr() == into[1].data_ptr():
+        return gradients
+    return *gradients[:6], into[1].copy_(g), *gradients[7:]
 
 
 def _backward(
@@ -149,6 +174,7 @@ def _backward(
     dA: Tensor,
     dh0: Tensor,
     device: int,
+    into: tuple[Tensor, Tensor] | None,
 ) -> dict[str, Tensor | None]:
     """Launch the backward for some of the states, which have their place in dA and dh0."""
     x = p.choice("backward", states, segments[1], device)
@@ -168,8 +194,11 @@ def _backward(
     def of_channel(there: bool) -> Tensor | None:
         return empty(pieces_of_time, p.width, dtype=p.real) if there else None
 
+    ddt, dz, gap = like_u(into is None), like_u(into is None and p.z is not None), 0
+    if into is not None:
+        (ddt, dz), gap = into, into[0].stride(-2) - p.width
     found = {
-        "u": like_u(True), "dt": like_u(True), "z": like_u(p.z is not None),
+        "u": like_u(True), "dt": ddt, "z": dz,
         "decay": like_u(p.decay == 2), "B": of_matrix(x.b_varies), "C": of_matrix(x.c_varies),
         "A": dA, "h0": dh0,
         "D": of_channel(p.D is not None and not first), "dt_bias": of_channel(p.bias is not None),
@@ -188,6 +217,7 @@ def _backward(
             0 if t is None else t.data_ptr() + (offset if n in ("A", "h0") else 0)
             for n, t in found.items()
         ),
+        gap,
     )  # fmt: skip
     return found
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from lrnnx_core.backends import cuda
 
-THREADS = 64  # of a block, at most
-BLOCKS = (12, 8)  # on a multiprocessor, at least, without and with a loop over states
-ROWS = (4, 2)  # of the batch that a thread works on together, at most; the same
+THREADS = 128  # of a block, at most
+BLOCKS = (6, 4)  # on a multiprocessor, at least, without and with a loop over states
+COMMON_BLOCKS = 8  # the same for common calls
+ROWS = 2  # of the batch that a thread works on together, at most
 LANES = 16  # of a channel, at most
+MOST_OF_A_ROW = 2**28  # numbers of a row's state, and of strides, where a call is common
 CHANNELS, STATES = "P3q", "P4q"
 LAYOUT = CHANNELS * 8 + STATES * 4 + "2P" + "10q"
 # The tensors of a call in the order of the arguments' struct, and in that of the leaf operator.
@@ -54,6 +56,8 @@ def kernel(
     rows: int,
     state_aligned: bool = True,
     matrix_aligned: bool = True,
+    *,
+    common: bool = False,
 ) -> cuda.Kernel:
     """Return a kernel.
 
@@ -68,11 +72,12 @@ def kernel(
         rows: of the batch that a thread works on together.
         state_aligned: whether A and h0 may be read some neighbours at a time.
         matrix_aligned: whether B and C may.
+        common: whether it is the call of a Mamba block, as `_common` says.
     """
     vector, lanes = partition(states, state)
     return _kernel(
         activations, state, B, C, scheme, split, vector, lanes, rows, states > vector * lanes,
-        vector if state_aligned else 1, vector if matrix_aligned else 1,
+        vector if state_aligned else 1, vector if matrix_aligned else 1, common,
     )  # fmt: skip
 
 
@@ -90,6 +95,7 @@ def _kernel(
     loop: bool,
     state_width: int,
     matrix_width: int,
+    common: bool,
 ) -> cuda.Kernel:
     definitions = {
         "DTYPE": cuda.NAMES[activations],
@@ -104,29 +110,30 @@ def _kernel(
         "LOOP": "true" if loop else "false",
         "STATE_WIDTH": state_width,
         "MATRIX_WIDTH": matrix_width,
+        "COMMON": "true" if common else "false",
         "THREADS": THREADS,
-        "BLOCKS": BLOCKS[loop],
+        "BLOCKS": COMMON_BLOCKS if common else BLOCKS[loop],
     }
-    return cuda.Kernel("selective_step.cu", "selective_step", definitions, LAYOUT)
+    return cuda.Kernel("selective_step.cu", "selective_step", definitions, LAYOUT, overlaps=True)
 
 
 def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
     """Return the kernels of the library's models: N = 16, 64 and, complex, 8; one row and many."""
     found: list[cuda.Kernel] = []
     for activations, rows in (
-        (torch.float32, 4), (torch.float32, 1), (torch.bfloat16, 4), (torch.bfloat16, 1),
-        (torch.float16, 4), (torch.float64, 1),
+        (torch.float32, 2), (torch.float32, 1), (torch.bfloat16, 2), (torch.bfloat16, 1),
+        (torch.float16, 2), (torch.float64, 1),
     ):  # fmt: skip
         state = torch.promote_types(activations, torch.float32)
         kind = (activations, state, activations, activations)
-        found.append(kernel(*kind, "mamba", False, 16, rows))
+        found.append(kernel(*kind, "mamba", False, 16, rows, common=True))
     for activations in (torch.float32, torch.bfloat16):
         kind = (activations, torch.float32, activations, activations)
-        found.append(kernel(*kind, "mamba", False, 256, 2))
-        found.append(kernel(*kind, "zoh", False, 16, 4))
-        found.append(kernel(*kind, "mamba", True, 16, 4))  # STREAM
+        found.append(kernel(*kind, "mamba", False, 256, 2, common=True))
+        found.append(kernel(*kind, "zoh", False, 16, 2, common=True))
+        found.append(kernel(*kind, "mamba", True, 16, 2))  # STREAM
     real = (torch.float32, torch.complex64)
-    found.append(kernel(*real, torch.complex64, torch.complex64, "zoh", False, 8, 4))
+    found.append(kernel(*real, torch.complex64, torch.complex64, "zoh", False, 8, 2))
     return found
 
 
@@ -207,18 +214,25 @@ def _shape(
     fields = _fields(where, dict(zip(FIELDS, outers, strict=True)), groups)
     vector, lanes = partition(states, state)
     rows, total = 1, math.prod(batch)
-    most = 1 if any(fields["A"][:2]) else min(ROWS[states > vector * lanes], lanes)
+    most = 1 if any(fields["A"][:2]) else min(ROWS, lanes)
     while rows < most and 2 * rows <= total:
         rows *= 2
     matrices = [named["B"] or real, named["C"] or real]
+    state_aligned = (
+        _aligned([fields["A"], fields["h0"]], vector, alignment[0], state.itemsize)
+        and fields["A"][-1] == 1 and (where["h0"] is None or fields["h0"][-1] == 1)
+    )  # fmt: skip
+    matrix_aligned = (
+        _aligned([fields["B"], fields["C"]], vector, alignment[1], max(
+            m.itemsize for m in matrices)) and fields["B"][-1] == fields["C"][-1] == 1
+    )  # fmt: skip
     call = kernel(
         activations, state, matrices[0], matrices[1], scheme,
         where["decay_dt"] is not None or (where["timesteps"] is not None and state_only),
-        states, rows,
-        _aligned([fields["A"], fields["h0"]], vector, alignment[0], state.itemsize)
-        and fields["A"][-1] == 1 and (where["h0"] is None or fields["h0"][-1] == 1),
-        _aligned([fields["B"], fields["C"]], vector, alignment[1], max(
-            m.itemsize for m in matrices)) and fields["B"][-1] == fields["C"][-1] == 1,
+        states, rows, state_aligned, matrix_aligned,
+        common=softplus and state_aligned and matrix_aligned
+        and states >= vector * lanes and inner == total
+        and _common(named, fields, real, channels, states),
     )  # fmt: skip
     threads = min(THREADS, -(-max(channels, 1) * lanes // cuda.WARP) * cuda.WARP)
     blocks = -(-channels // (threads // lanes))
@@ -230,6 +244,37 @@ def _shape(
     )  # fmt: skip
     last = (*batch, channels, states)
     return Shape({}, call, blocks * -(-total // rows), threads, (*values, 0, 0, *sizes), last)
+
+
+def _common(
+    named: dict[str, torch.dtype | None],
+    fields: dict[str, Strides],
+    real: torch.dtype,
+    channels: int,
+    states: int,
+) -> bool:
+    """Return whether a call is that of a Mamba block, but for the number of states.
+
+    Args:
+        named: dtypes; None for a tensor that is not given.
+        fields: strides.
+        real: the real dtype of the state.
+        channels: E.
+        states: N.
+    """
+    given = {name for name, dtype in named.items() if dtype is not None}
+    return (
+        given == {"u", "dt", "D", "z", "dt_bias", "A", "h0", "B", "C"}
+        and named["D"] == named["dt_bias"] == real
+        and named["u"] == named["dt"] == named["z"]
+        and all(fields[name][-1] == 1 for name in ("u", "dt", "z"))
+        and fields["D"] == fields["dt_bias"] == (0, 0, 1)
+        and fields["A"] == (0, 0, states, 1)
+        and fields["h0"][2:] == (states, 1)
+        and fields["B"][2:] == fields["C"][2:] == (0, 1)
+        and channels * states < MOST_OF_A_ROW
+        and all(fields[name][1] < MOST_OF_A_ROW for name in ("u", "dt", "z"))
+    )
 
 
 def _casts(

@@ -17,6 +17,7 @@ from lrnnx_core.backends import cuda
 Strides = tuple[int, ...]
 
 WARPS = 8  # of a block, at most
+MANY = 128  # blocks of a sum from which on a thread sums several rows
 STRIDED, INITIAL, BITS, EXCHANGE, SIZE = "P4q", "P3q", "P3q", "2P", "7q"
 
 
@@ -101,9 +102,9 @@ def grid(
 
 
 @functools.cache
-def sum_kernel(dtype: torch.dtype) -> cuda.Kernel:
-    """Return the kernel that adds up partial sums over tiles."""
-    definitions = {"DTYPE": cuda.NAMES[dtype], "WARPS": WARPS}
+def sum_kernel(dtype: torch.dtype, pack: int = 1) -> cuda.Kernel:
+    """Return the kernel that adds up partial sums over tiles, of ``pack`` rows a thread."""
+    definitions = {"DTYPE": cuda.NAMES[dtype], "WARPS": WARPS, "PACK": pack}
     return cuda.Kernel("sum.cu", "sum_partials", definitions, "2P2q")
 
 
@@ -116,8 +117,11 @@ def add_up(device: int, partial: Tensor, out: Tensor, tiles: int) -> None:
         out: compact.
         tiles: their number.
     """
-    rows = out.numel()
-    sum_kernel(out.dtype).launch(
-        device, -(-rows // cuda.WARP), cuda.WARP * WARPS, 0,
-        partial.data_ptr(), out.data_ptr(), tiles, rows,
-    )  # fmt: skip
+    rows, threads = out.numel(), cuda.WARP * WARPS
+    at, to = partial.data_ptr(), out.data_ptr()
+    pack = 16 // partial.itemsize
+    aligned = rows % pack == 0 and at % 16 == 0 and to % (pack * out.itemsize) == 0
+    if not aligned or rows < pack * threads * MANY:
+        pack = 1
+    each = pack * threads if pack > 1 else cuda.WARP  # rows of a block
+    sum_kernel(out.dtype, pack).launch(device, -(-rows // each), threads, 0, at, to, tiles, rows)

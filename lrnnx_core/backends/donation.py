@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Which states a step may overwrite with the states that follow them.
+"""What the caller of a step says of memory: states that it gives away, weights that nobody writes.
 
 A step is a pure function, except where its caller gives the states it passes in away: a captured
 CUDA graph, which would copy every new state into the memory of the old one after the step. Kernels
 of steps ask `new_state` for the memory of their outputs; they read each element of a state before
 they write it, in the same thread or behind a barrier.
+
+The other promise is that weights stay as they are: a kernel may then read them before the kernels
+launched ahead of it have ended.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 
 class _Given(threading.local):
     memory: frozenset[int] = frozenset()
+    settled: frozenset[int] = frozenset()
 
 
 _given = _Given()
@@ -53,6 +57,26 @@ def new_state(old: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     ):
         return old
     return old.new_empty(shape, dtype=dtype)
+
+
+@contextmanager
+def settling(weights: Iterable[Tensor]) -> Generator[None]:
+    """Promise that no kernel writes the memory of these tensors, and of no others, for a while.
+
+    It holds for what this thread launches inside the block: neither that, nor what the stream
+    still runs when the first of it starts, writes there. A captured CUDA graph starts when all
+    before it has ended.
+    """
+    before, _given.settled = _given.settled, frozenset(map(_address, weights))
+    try:
+        yield
+    finally:
+        _given.settled = before
+
+
+def settled(weight: Tensor) -> bool:
+    """Return whether nobody writes a tensor's memory, as `settling` has promised."""
+    return bool(_given.settled) and _address(weight) in _given.settled
 
 
 def _address(t: Tensor) -> int:

@@ -118,6 +118,15 @@ def current_stream_handle(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)  # pyright: ignore[reportPrivateUsage]
 
 
+def tf32_allowed() -> bool:
+    """Return whether torch multiplies float32 matrices on CUDA in TF32.
+
+    The public `torch.backends.cuda.matmul.fp32_precision` takes seven times as long.
+    """
+    precision = torch._C._get_fp32_precision_getter  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+    return precision("cuda", "matmul") == "tf32"
+
+
 class _Positional(inspect.Signature):
     """The signature of a function that is always called with every argument, in order."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrnnx_core.backends.transforms import full_precision
 from lrnnx_core.sequences import Layout
-from lrnnx_core.types import Discrete, Mode, Params
+from lrnnx_core.types import Discrete, Mode, Number, Params
 
 Made = TypeVar("Made")
 MOST_MADE = 8
@@ -220,6 +220,11 @@ def pair(params: Params, key: str, dtype: torch.dtype) -> Tensor:
     return torch.complex(params[key + "_re"].to(dtype), params[key + "_im"].to(dtype))
 
 
+def scaled(x: Tensor, number: Number) -> Tensor:
+    """Return number * x, x itself where the number is 1."""
+    return x * number if isinstance(number, Tensor) or number != 1 else x
+
+
 def zero_state(like: Tensor, batch_shape: Iterable[int], shape: Iterable[int]) -> Tensor:
     """Return zeros (*batch_shape, *shape) with the dtype and device of ``like``."""
     return like.new_zeros((*batch_shape, *shape))
@@ -239,5 +244,6 @@ __all__ = [
     "full_precision",
     "made_of",
     "pair",
+    "scaled",
     "zero_state",
 ]

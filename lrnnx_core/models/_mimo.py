@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lrnnx_core.discretize import EXPONENTIAL, FUSED, resolve
+from lrnnx_core.discretize import EXPONENTIAL, FUSED
 from lrnnx_core.models._auto import (
     check_planned,
     chunk_length,
@@ -42,6 +42,7 @@ from lrnnx_core.ops import (
     linear_scan,
     projected_convolution,
 )
+from lrnnx_core.ops.discretize_diagonal import apply_scheme
 from lrnnx_core.ops.powers import powers
 from lrnnx_core.ops.projected_scan import Backwards, projected_scan
 from lrnnx_core.ops.steps import diagonal_step, flow_step
@@ -53,13 +54,19 @@ class Recurrence(NamedTuple):
     """A discretized model.
 
     A_bar is (P,), or (..., L, P) under irregular time; gamma (P,) or (..., L, P), None where B (P,
-    H) is B_bar already; z (P,) is log A_bar where the scheme gives it.
+    H) is B_bar already. ``exponent`` returns z = log A_bar, (P,), where the scheme gives it: not
+    every run asks for it.
     """
 
     A_bar: Tensor
     gamma: Tensor | None
     B: Tensor
-    z: Tensor | None = None
+    exponent: Callable[[], Tensor] | None = None
+
+    @property
+    def z(self) -> Tensor | None:
+        """Return log A_bar where it is known."""
+        return None if self.exponent is None else self.exponent()
 
     def B_bar(self) -> Tensor:
         """Return gamma * B, (P, H) or (..., L, P, H)."""
@@ -114,12 +121,12 @@ class Flow(NamedTuple):
 
     def discretized(self) -> Recurrence:
         """Return A_bar and gamma in full."""
-        scheme, mode = resolve(self.scheme, self.timestep_mode)  # pyright: ignore[reportArgumentType]
         d = torch.ones_like(self.A.real) if self.dt is None else self.dt
         dd = d if self.timesteps is None else self.timesteps.unsqueeze(-1) * d
-        A_bar, gamma = scheme(self.A, dd, d if mode == "state_only" else dd)
-        z = dd * self.A if self.steady and self.scheme in EXPONENTIAL else None
-        return Recurrence(A_bar, gamma, self.B, z)
+        drive = d if self.timestep_mode == "state_only" and self.timesteps is not None else None
+        A_bar, gamma = apply_scheme(self.A, dd, drive, scheme=self.scheme)
+        known = self.steady and self.scheme in EXPONENTIAL
+        return Recurrence(A_bar, gamma, self.B, (lambda: dd * self.A) if known else None)
 
     @property
     def steady(self) -> bool:

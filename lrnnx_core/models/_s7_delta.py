@@ -18,8 +18,9 @@ from torch import Tensor
 from lrnnx_core import initialize
 from lrnnx_core.discretize import resolve
 from lrnnx_core.models import _mimo, s5
-from lrnnx_core.models._common import check_keys, full_precision, made_of, pair
+from lrnnx_core.models._common import check_keys, full_precision, made_of, pair, scaled
 from lrnnx_core.models._projected import softplus_inverse
+from lrnnx_core.ops.steps import linear_step
 from lrnnx_core.types import Discretization, Number, Params, TimestepMode
 
 
@@ -109,10 +110,9 @@ def sequence(
     )
     with full_precision(u.device):
         weight, bias = (params["step_proj." + k].to(dtype) for k in ("weight", "bias"))
-        raw = torch.nn.functional.linear(u.to(dtype), weight, bias)
+        raw = linear_step(u.to(dtype), weight, bias)
         dt = torch.nn.functional.softplus(raw)
-        if isinstance(options.dt_scale, Tensor) or options.dt_scale != 1.0:
-            dt = dt * options.dt_scale
+        dt = scaled(dt, options.dt_scale)
 
         def make() -> tuple[Tensor, Tensor]:
             return eigenvalues(params, dtype, options.clip_eigs), pair(params, "B", dtype)

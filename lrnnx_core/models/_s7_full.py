@@ -33,7 +33,6 @@ from lrnnx_core.types import Discrete, Number, Params
 
 InitMemory = Literal["log", "upstream"]
 PROJECTIONS = ("in_proj", "gate_proj")
-CHUNK_SIZE = 256
 X_PROJ_STD = 0.02
 """Standard deviation of the initial x_proj.weight."""
 
@@ -136,7 +135,7 @@ def scan(
     state: Tensor | None,
     layout: Layout,
     *,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
     recurrent: bool = False,
     bidirectional: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -158,7 +157,7 @@ def inner(
     state: Tensor | None,
     layout: Layout,
     *,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
     recurrent: bool = False,
     bidirectional: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -188,7 +187,7 @@ def _one_way(
     v: Tensor,
     state: Tensor | None,
     layout: Layout,
-    chunk_size: int,
+    chunk_size: int | None,
     recurrent: bool,
 ) -> tuple[Tensor, Tensor]:
     length = v.shape[-2]

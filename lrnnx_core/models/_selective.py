@@ -17,6 +17,7 @@ from lrnnx_core.discretize import FUSED
 from lrnnx_core.models._common import check_choice, check_keys
 from lrnnx_core.models._projected import check_parts, in_directions, linear, rms_norm
 from lrnnx_core.ops.causal_conv1d import causal_conv1d
+from lrnnx_core.ops.mamba_inner import mamba_inner
 from lrnnx_core.ops.selective_scan import selective_scan
 from lrnnx_core.ops.steps import mamba_step
 from lrnnx_core.sequences import Layout, layout
@@ -77,6 +78,8 @@ def _one_way(
     if state is not None:
         shapes = {"conv": (*batch, taps - 1, width), "h": (*batch, *A.shape)}
         check_parts(where, state, State, shapes, x)
+    if _plain(params, xz, layout, options):
+        return _at_once(params, xz, state, layout, options, A)
     v, tail = causal_conv1d(
         x, params["conv1d.weight"], params.get("conv1d.bias"),
         None if state is None else state.conv,
@@ -87,9 +90,7 @@ def _one_way(
     if isinstance(options.dt_scale, Tensor) or options.dt_scale != 1.0:
         dt = torch.nn.functional.softplus(_wide(dt) + bias) * options.dt_scale
         bias, softplus = None, False
-    decay_dt = None
-    if "dtA_bias" in params:
-        decay_dt = torch.nn.functional.softplus(_wide(params["dtA_bias"])) * options.dt_scale
+    decay_dt = _decay_steps(params, options)
     timesteps = layout.timesteps
     valid = layout.valid(length)
     if valid is not None:
@@ -107,6 +108,81 @@ def _one_way(
     return y, State(tail, h)
 
 
+def _plain(params: Params, xz: Tensor, layout: Layout, options: Options) -> bool:
+    """Return whether `mamba_inner` does this: no padding, nothing after x_proj or in the step.
+
+    Parameters that do not fit each other are left to the operators, which say what is wrong.
+    """
+    if (
+        _scheme(options) is None
+        or isinstance(options.dt_scale, Tensor)
+        or options.dt_scale != 1.0
+        or options.inner_norm != "none"
+        or options.recurrent
+        or layout.lengths is not None
+        or layout.mask is not None
+        or "x_proj.bias" in params
+        or autocasting(xz.device)
+    ):
+        return False
+    width, states = params["A_log"].shape
+    rank = params["dt_proj.weight"].shape[-1]
+    taps = params["conv1d.weight"].shape[-1]
+    shapes = {
+        "conv1d.weight": (width, 1, taps), "conv1d.bias": (width,), "D": (width,),
+        "x_proj.weight": (rank + 2 * states, width), "dt_proj.weight": (width, rank),
+        "dt_proj.bias": (width,), "dtA_bias": (width,),
+    }  # fmt: skip
+    found = {n: params[n] for n in shapes if n in params}
+    return (
+        taps > 0
+        and xz.shape[-1] == 2 * width
+        and all(t.shape == shapes[n] and t.device == xz.device for n, t in found.items())
+        and all(found[n].dtype is xz.dtype for n in ("x_proj.weight", "dt_proj.weight"))
+        and all(t.is_floating_point() for t in found.values())
+    )
+
+
+def _at_once(
+    params: Params,
+    xz: Tensor,
+    state: State | None,
+    layout: Layout,
+    options: Options,
+    A: Tensor,
+) -> tuple[Tensor, State]:
+    batch, length = xz.shape[:-2], xz.shape[-2]
+
+    def along(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.expand(*batch, length)
+
+    decay_dt = _decay_steps(params, options)
+    y, tail, h = mamba_inner(
+        xz, params["conv1d.weight"], params.get("conv1d.bias"), params["x_proj.weight"],
+        params["dt_proj.weight"], A, _wide(params["D"]), _wide(params["dt_proj.bias"]),
+        None if state is None else state.conv.to(xz.dtype), None if state is None else state.h,
+        None if decay_dt is None else decay_dt.expand(*batch, 1, -1),
+        along(layout.timesteps), along(layout.reset),
+        options.timestep_mode == "state_only" or options.discretization == "async",
+        _scheme(options) or "",
+    )  # fmt: skip
+    return y, State(tail, h)
+
+
+def _scheme(options: Options) -> str | None:
+    """Return the fused discretization that options name, None if there is none."""
+    name = options.discretization
+    name = "zoh" if name == "async" else name
+    return name if isinstance(name, str) and name in FUSED else None
+
+
+def _decay_steps(params: Params, options: Options) -> Tensor | None:
+    """Return STREAM's step of the decay (E,)."""
+    if "dtA_bias" not in params:
+        return None
+    return torch.nn.functional.softplus(_wide(params["dtA_bias"])) * options.dt_scale
+
+
 def step(
     where: str,
     params: Params,
@@ -121,11 +197,9 @@ def step(
     Returns:
         What out_proj takes, (..., E), and the new state.
     """
-    name = options.discretization
-    scheme = "zoh" if name == "async" else name
+    scheme = _scheme(options)
     if (
-        not isinstance(scheme, str)
-        or scheme not in FUSED
+        scheme is None
         or not (xz.is_cpu or xz.is_cuda)
         or isinstance(options.dt_scale, Tensor)
         or options.recurrent
@@ -148,15 +222,13 @@ def step(
     if options.inner_norm == "learned":
         check_keys("mamba", params, INNER_NORMS, "make them with init(inner_norm='learned')")
         norms = tuple(params[n] for n in INNER_NORMS)
-    decay_dt = None
-    if "dtA_bias" in params:
-        decay_dt = torch.nn.functional.softplus(_wide(params["dtA_bias"])) * options.dt_scale
+    decay_dt = _decay_steps(params, options)
     y, conv, h = mamba_step(
         xz, state.conv, state.h, params["conv1d.weight"], params.get("conv1d.bias"),
         params["x_proj.weight"], params["dt_proj.weight"], params["dt_proj.bias"], A, params["D"],
         decay_dt, None if timestep is None else timestep.expand(batch), *norms,
         float(options.dt_scale), options.inner_norm != "none",
-        options.timestep_mode == "state_only" or name == "async", scheme,
+        options.timestep_mode == "state_only" or options.discretization == "async", scheme,
     )  # fmt: skip
     return y, State(conv, h)
 

@@ -9,7 +9,7 @@ file says where A_bar and B_bar come from; everything else about running them st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,11 +37,19 @@ from lrnnx_core.types import Discrete, Mode, Params
 
 
 class Recurrence(NamedTuple):
-    """A discretized model: A_bar and B_bar (H, M) or (..., L, H, M); z = log A_bar where known."""
+    """A discretized model: A_bar and B_bar (H, M) or (..., L, H, M).
+
+    ``exponent`` returns z = log A_bar where the scheme gives it: not every run asks for it.
+    """
 
     A_bar: Tensor
     B_bar: Tensor
-    z: Tensor | None = None
+    exponent: Callable[[], Tensor] | None = None
+
+    @property
+    def z(self) -> Tensor | None:
+        """Return log A_bar where it is known."""
+        return None if self.exponent is None else self.exponent()
 
     def powers(self, length: int) -> Powers:
         """Return the powers of A_bar up to ``length``."""
@@ -49,8 +57,9 @@ class Recurrence(NamedTuple):
 
     def response(self, v: Tensor, length: int, p: Powers | None = None) -> Tensor:
         """Return Re sum_n v_n A_bar_n^t, t = 0 ... length - 1: (..., H, M) -> (..., length, H)."""
-        if self.z is not None:
-            return vandermonde(v, self.z, length)
+        z = self.z
+        if z is not None:
+            return vandermonde(v, z, length)
         return evaluate(v, self.powers(length) if p is None else p, length)
 
 
@@ -151,7 +160,7 @@ def kernel(
     """Return K_t = s Re(sum_n C_n A_bar_n^t B_bar_n): (L, H), (Ch, L, H), or with a leading 2."""
     if length < 1:
         raise ValueError(f"{where}: length = {length}, expected >= 1")
-    p = r.powers(length) if r.z is None else None
+    p = r.powers(length) if r.exponent is None else None
 
     def one(key: str) -> Tensor:
         C = _readout(params, key, r.B_bar.real.dtype)
@@ -196,6 +205,11 @@ def _readout(params: Params, key: str, dtype: torch.dtype) -> Tensor:
 def _flat(y: Tensor) -> Tensor:
     """(..., Ch, H) -> (..., Ch H)."""
     return y.flatten(-2)
+
+
+def _each(x: Tensor) -> Sequence[Tensor]:
+    """Return the rows of x; the gradient of a single one is no copy."""
+    return [x.squeeze(0)] if len(x) == 1 else x.unbind(0)
 
 
 def _run(
@@ -274,8 +288,10 @@ def _fused(
     """
     length, reset = x.shape[-2], layout.resets(x.shape[-2])
     lengths = layout.lengths
-    direct = [None] * len(C) if D is None else D.unbind(0)
-    V = zip(C * r.B_bar, [None] * len(C) if C2 is None else C2 * r.B_bar, direct, strict=True)
+    gain = r.B_bar.unsqueeze(0)  # of one rank with C: gradients of other ranks are summed
+    direct = [None] * len(C) if D is None else _each(D)
+    second = [None] * len(C) if C2 is None else _each(C2 * gain)
+    V = zip(_each(C * gain), second, direct, strict=True)
     runs = [
         s4d_scan(x, r.A_bar, v, d, lengths=lengths, reset=reset)
         if w is None

@@ -29,7 +29,7 @@ from lrnnx_core.models._common import (
 )
 from lrnnx_core.ops import causal_convolution, linear_scan, projected_convolution
 from lrnnx_core.ops.powers import Powers, accumulate, evaluate, powers
-from lrnnx_core.ops.steps import siso_step
+from lrnnx_core.ops.steps import linear_step, siso_step
 from lrnnx_core.ops.vandermonde import vandermonde
 from lrnnx_core.sequences import Layout, align_right, at_length
 from lrnnx_core.types import Discrete, Mode, Params
@@ -56,12 +56,17 @@ READOUT = {"neck": "C", "pointwise": "C", "dws": "E", "full": "E"}
 class Recurrence(NamedTuple):
     """A discretized model: A_bar and gamma, each of a state's shape S or (..., L, *S).
 
-    z is log A_bar where the scheme gives it.
+    ``exponent`` returns z = log A_bar where the scheme gives it: not every run asks for it.
     """
 
     A_bar: Tensor
     gamma: Tensor
-    z: Tensor | None = None
+    exponent: Callable[[], Tensor] | None = None
+
+    @property
+    def z(self) -> Tensor | None:
+        """Return log A_bar where it is known."""
+        return None if self.exponent is None else self.exponent()
 
 
 def check_variant(where: str, params: Params, variant: Variant, bidirectional: bool) -> None:
@@ -154,9 +159,9 @@ class Connection(NamedTuple):
 
 def basis(c: Connection, r: Recurrence, length: int) -> Tensor:
     """Return the kernels of the state channels, (L, J), real. Nothing of size J M L is built."""
-    v = c.coefficients(r.gamma)
-    if r.z is not None:
-        return vandermonde(v, c.rows(r.z), length)
+    v, z = c.coefficients(r.gamma), r.z
+    if z is not None:
+        return vandermonde(v, c.rows(z), length)
     return evaluate(v, powers(length, a=c.rows(r.A_bar)), length)
 
 
@@ -241,9 +246,10 @@ def step(
         c = Connection.of(params, variant, dtype, second=False)
         if c.E is not None and variant in ("neck", "dws"):
             x = u_t.to(dtype)
-            v = x if c.B is None else x @ c.B.mT
+            v = x if c.B is None else linear_step(x, c.B, None)
             s, new = siso_step(v, state, r.A_bar, r.gamma, None, None, c.E, None, None, 1.0)
-            return (s if c.C is None else s @ c.C.mT).to(u_t.dtype), new
+            y = s if c.C is None else linear_step(s, c.C, None)
+            return y.to(u_t.dtype), new
         drive = c.drive(u_t.to(dtype), shape)
         state = r.A_bar * state.to(r.A_bar.dtype) + r.gamma * drive
         return c.read(state).to(u_t.dtype), state
@@ -354,7 +360,8 @@ def _convolve(
 ) -> tuple[Tensor, Tensor]:
     """Convolve ``size`` samples at once."""
     shape = r.A_bar.shape
-    p = powers(size, a=c.rows(r.A_bar), z=None if r.z is None else c.rows(r.z))
+    z = r.z
+    p = powers(size, a=c.rows(r.A_bar), z=None if z is None else c.rows(z))
     K = basis(c, r, size) if kernel is None else kernel
     if kernel is None and c.variant == "full":
         K = c.mix(K, shape)

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from lrnnx_core import initialize
 from lrnnx_core.discretize import EXPONENTIAL, resolve
-from lrnnx_core.discretize import discretize as discretize_diagonal
 from lrnnx_core.models import _response, _substates
 from lrnnx_core.models._common import (
     check_choice,
@@ -31,9 +30,11 @@ from lrnnx_core.models._common import (
     check_timestep,
     compute_dtype,
     full_precision,
+    scaled,
     zero_state,
 )
 from lrnnx_core.models._substates import VARIANTS, Connection, Recurrence, Variant, check_variant
+from lrnnx_core.ops.discretize_diagonal import discretize_diagonal, joined
 from lrnnx_core.sequences import layout
 from lrnnx_core.types import Discrete, Discretization, Mode, Number, Params, TimestepMode
 
@@ -434,8 +435,8 @@ def _recurrence(
     with full_precision(params["log_dt"].device):
         # the threshold of softplus only where it is exact in float64
         decay = torch.nn.functional.softplus(params["A_raw"].to(dtype), threshold=40.0)
-        A = torch.complex(-decay, params["A_im"].to(dtype))
-        dt = torch.exp(params["log_dt"].to(dtype)) * dt_scale
+        A = -decay, params["A_im"].to(dtype)
+        dt = scaled(torch.exp(params["log_dt"].to(dtype)), dt_scale)
         if dt.ndim == 1:
             dt = dt.unsqueeze(-1)
         if variant == "full":  # a step belongs to an output
@@ -444,5 +445,5 @@ def _recurrence(
             A, dt, discretization=scheme, timestep_mode=timestep_mode,
             integration_timesteps=None if timesteps is None else timesteps.to(dtype),
         )  # fmt: skip
-        z = dt * A if scheme in EXPONENTIAL and timesteps is None else None
-        return Recurrence(A_bar, gamma, z)
+        known = scheme in EXPONENTIAL and timesteps is None
+        return Recurrence(A_bar, gamma, (lambda: dt * joined(A)) if known else None)

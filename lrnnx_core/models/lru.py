@@ -27,6 +27,7 @@ from lrnnx_core.models._common import (
     full_precision,
     made_of,
     pair,
+    scaled,
     zero_state,
 )
 from lrnnx_core.sequences import layout
@@ -346,10 +347,10 @@ def _sequence(
         def make() -> tuple[Tensor, Tensor, Tensor]:
             nu, theta = params["nu_log"].to(dtype).exp(), params["theta_log"].to(dtype).exp()
             gamma = params["gamma_log"].to(dtype).exp()
-            return torch.complex(-nu, theta) * dt_scale, gamma, pair(params, "B", dtype)
+            return scaled(torch.complex(-nu, theta), dt_scale), gamma, pair(params, "B", dtype)
 
         z, gamma, B = made_of(params, ("lru", dtype, dt_scale), make)
         if timesteps is None:
-            return _mimo.Recurrence(torch.exp(z), gamma, B, z)
+            return _mimo.Recurrence(torch.exp(z), gamma, B, lambda: z)
         B_bar = made_of(params, ("lru B_bar", dtype), lambda: gamma.unsqueeze(-1) * B)
         return _mimo.Flow(z, None, timesteps.to(dtype), "dirac", "state_only", B_bar)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lrnnx_core import initialize
 from lrnnx_core.discretize import EXPONENTIAL, resolve
-from lrnnx_core.discretize import discretize as discretize_diagonal
 from lrnnx_core.models import _response, _siso
 from lrnnx_core.models._common import (
     check_choice,
@@ -28,7 +27,7 @@ from lrnnx_core.models._common import (
     check_timestep,
     compute_dtype,
     full_precision,
-    pair,
+    scaled,
     zero_state,
 )
 from lrnnx_core.models._transforms import (
@@ -40,6 +39,7 @@ from lrnnx_core.models._transforms import (
     real_part,
     step_size,
 )
+from lrnnx_core.ops.discretize_diagonal import discretize_diagonal, joined
 from lrnnx_core.sequences import layout
 from lrnnx_core.types import Discrete, Discretization, Mode, Number, Params, TimestepMode
 
@@ -453,19 +453,26 @@ def _recurrence(
     resolve(scheme, timestep_mode, alpha, DISCRETIZATIONS, where)
     check_transforms(where, dt_transform, A_transform)
     with full_precision(params["log_dt"].device):
-        re = real_part(params["A_log"].to(dtype), A_transform)
-        if "A_im" in params:
-            A, B = torch.complex(re, params["A_im"].to(dtype)), pair(params, "B", dtype)
-        else:
-            A, B = re, params["B_re"].to(dtype)
-        tile = params["D"].shape[-1] // A.shape[0]
-        A, B = A.repeat(tile, 1), B.repeat(tile, 1)
-        dt = step_size(params["log_dt"].to(dtype), dt_transform) * dt_scale
-        if dt.ndim == 1:
-            dt = dt.unsqueeze(-1)
-        A_bar, gamma = discretize_diagonal(
-            A, dt, discretization=scheme, timestep_mode=timestep_mode, alpha=alpha,
+        re, im = real_part(params["A_log"].to(dtype), A_transform), params.get("A_im")
+        A, B = (re, None), (params["B_re"].to(dtype), None)
+        if im is not None:
+            A, B = (re, im.to(dtype)), (B[0], params["B_im"].to(dtype))
+        dt = scaled(step_size(params["log_dt"].to(dtype), dt_transform), dt_scale)
+        dt = dt.unsqueeze(-1) if dt.ndim == 1 else dt
+        copies = re.shape[0]
+        tiled = copies != dt.shape[0]
+        if tiled:  # channel h uses copy h mod S
+            dt = dt.unflatten(0, (-1, copies))
+        A_bar, B_bar = discretize_diagonal(
+            A, dt, B, discretization=scheme, timestep_mode=timestep_mode, alpha=alpha,
             integration_timesteps=None if timesteps is None else timesteps.to(dtype),
         )  # fmt: skip
-        z = dt * A if scheme in EXPONENTIAL and timesteps is None else None
-        return _siso.Recurrence(A_bar, gamma * B, z)
+        if tiled:
+            A_bar, B_bar = (t.flatten(-3, -2) for t in (A_bar, B_bar))
+
+        def exponent() -> Tensor:
+            z = dt * joined(A)
+            return z.flatten(0, 1) if tiled else z
+
+        known = scheme in EXPONENTIAL and timesteps is None
+        return _siso.Recurrence(A_bar, B_bar, exponent if known else None)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lrnnx_core import initialize
 from lrnnx_core.discretize import EXPONENTIAL, resolve
-from lrnnx_core.discretize import discretize as discretize_diagonal
 from lrnnx_core.models import _mimo, _response
 from lrnnx_core.models._common import (
     check_choice,
@@ -30,8 +29,10 @@ from lrnnx_core.models._common import (
     full_precision,
     made_of,
     pair,
+    scaled,
     zero_state,
 )
+from lrnnx_core.ops.discretize_diagonal import discretize_diagonal
 from lrnnx_core.sequences import layout
 from lrnnx_core.types import Discrete, Discretization, Mode, Number, Params, TimestepMode
 
@@ -474,7 +475,7 @@ def sequence(
         def make() -> tuple[Tensor, Tensor, Tensor]:
             re, im = params["Lambda_re"].to(dtype), params["Lambda_im"].to(dtype)
             Lambda = torch.complex(re.clamp(max=MAX_REAL) if clip_eigs else re, im)
-            dt = torch.exp(params["log_dt"].to(dtype)) * dt_scale
+            dt = scaled(torch.exp(params["log_dt"].to(dtype)), dt_scale)
             return Lambda, dt, pair(params, "B", dtype)
 
         Lambda, dt, B = made_of(params, ("s5", dtype, dt_scale, clip_eigs), make)
@@ -488,5 +489,5 @@ def sequence(
             Lambda, dt, discretization=scheme, timestep_mode=timestep_mode, alpha=alpha,
             integration_timesteps=timesteps,
         )  # fmt: skip
-        z = dt * Lambda if scheme in EXPONENTIAL and timesteps is None else None
-        return _mimo.Recurrence(A_bar, gamma, B, z)
+        known = scheme in EXPONENTIAL and timesteps is None
+        return _mimo.Recurrence(A_bar, gamma, B, (lambda: dt * Lambda) if known else None)

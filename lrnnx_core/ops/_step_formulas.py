@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear, silu, softplus
 
 from lrnnx_core.discretize import SCHEMES
+from lrnnx_core.ops.discretize_diagonal import apply_scheme
 from lrnnx_core.ops.guarded_sqrt import guarded_sqrt
 
 MAMBA_EPS, SSD_EPS = 1e-6, 1e-5
@@ -63,7 +64,8 @@ def flow_step(
     """
     dt = dt.to(A.real.dtype)
     decay = dt if timesteps is None else timesteps.to(dt.dtype).unsqueeze(-1) * dt
-    a, gain = SCHEMES[scheme](A, decay, dt if state_only else decay)
+    drive = dt if state_only and timesteps is not None else None
+    a, gain = apply_scheme(A, decay, drive, scheme=scheme)
     return diagonal_step(u, state, a, gain, B, C_re, C_im, D, scale)
 
 

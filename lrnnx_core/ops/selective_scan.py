@@ -236,11 +236,11 @@ def _composite(
     drive = (gamma * B * x.unsqueeze(-1)).to(kind)
     start = None if h0 is None else h0.to(kind).flatten(-2)
     h, last = linear_scan(A_bar.flatten(-2), drive.flatten(-2), start, reset=reset)
-    y = (h.unflatten(-1, A.shape) * C).sum(-1)
+    y = (h.reshape(h.shape[:-1] + A.shape) * C).sum(-1)
     y = 2 * y.real if y.is_complex() else y
     y = y if D is None else y + D.to(real) * x
     y = y if z is None else y * torch.nn.functional.silu(z.to(real))
-    return y.to(u.dtype), last.unflatten(-1, A.shape)
+    return y.to(u.dtype), last.reshape(last.shape[:-1] + A.shape)
 
 
 def _spread(t: Tensor, width: int) -> Tensor:

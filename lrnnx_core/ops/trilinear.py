@@ -3,7 +3,7 @@
 
 A model whose matrices come from its input, M_t = w q_t, needs M_t p_t a sample. Forming M_t for a
 whole sequence takes L I J numbers, and autograd would keep them; this operator forms them for
-``chunk_size`` samples at a time and keeps only p and q.
+``chunk_size`` samples at a time and keeps only p and q. The CUDA kernels form none in memory.
 
 It is closed under differentiation: with a cotangent g of out,
 
@@ -22,13 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import cpu, library
+from lrnnx_core.backends import cpu, cuda_trilinear, library
 from lrnnx_core.backends.transforms import allow_in_graph, forward_mode_depth
 from lrnnx_core.types import Backend
 
+CPU_CHUNK = 256  # samples, whose matrices the cache holds
+DEVICE_CHUNK = 2**26  # bytes of matrices on another device, which its products fill
+
 
 def trilinear(
-    w: Tensor, p: Tensor, q: Tensor, *, chunk_size: int = 256, backend: Backend = "auto"
+    w: Tensor,
+    p: Tensor,
+    q: Tensor,
+    *,
+    chunk_size: int | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Compute out_i = sum_jk w_ijk p_j q_k for every sample.
 
@@ -37,7 +45,7 @@ def trilinear(
         p: (..., J), of w's dtype.
         q: (..., K), of w's dtype.
         chunk_size: samples, of the batch and of time together, whose matrices are in memory at
-            once: chunk_size I min(J, K) numbers.
+            once: chunk_size I min(J, K) numbers. None: 256 on a CPU, elsewhere what 64 MiB hold.
         backend: ``"auto"``, or ``"reference"``, which forms the matrices of all samples.
 
     Returns:
@@ -48,6 +56,8 @@ def trilinear(
     """
     if backend not in ("auto", "reference"):
         raise ValueError(f"trilinear: backend {backend!r}, expected 'auto' or 'reference'")
+    if chunk_size is None:
+        chunk_size = _chunk_size(w)
     if chunk_size < 1:
         raise ValueError(f"trilinear: chunk_size = {chunk_size}, expected an integer >= 1")
     if w.ndim != 3 or p.shape[-1:] != w.shape[1:2] or q.shape[-1:] != w.shape[2:]:
@@ -61,8 +71,18 @@ def trilinear(
         return _plain(w, p, q)
     batch = torch.broadcast_shapes(p.shape[:-1], q.shape[:-1])
     samples = math.prod(batch)
+    if p is q:
+        p = p.reshape(samples, p.shape[-1])
+        return _square(w, p, chunk_size).reshape(*batch, w.shape[0])
     p, q = (x.expand(*batch, x.shape[-1]).reshape(samples, x.shape[-1]) for x in (p, q))
     return _contract(w, p, q, chunk_size).reshape(*batch, w.shape[0])
+
+
+def _chunk_size(w: Tensor) -> int:
+    if w.device.type == "cpu":
+        return CPU_CHUNK
+    two_shorter = math.prod(sorted(w.shape)[:2])
+    return max(CPU_CHUNK, DEVICE_CHUNK // max(1, w.itemsize * two_shorter))
 
 
 def _plain(w: Tensor, p: Tensor, q: Tensor) -> Tensor:
@@ -76,6 +96,13 @@ def _contract(w: Tensor, p: Tensor, q: Tensor, chunk_size: int) -> Tensor:
     if forward_mode_depth() > 1:
         return _plain(w, p, q)
     return _Contract.apply(w, p, q, chunk_size)
+
+
+def _square(w: Tensor, p: Tensor, chunk_size: int) -> Tensor:
+    """Run the operator on p and p, whose two gradients are one product."""
+    if forward_mode_depth() > 1:
+        return _plain(w, p, p)
+    return _Square.apply(w, p, chunk_size)
 
 
 def _outer(g: Tensor, p: Tensor, q: Tensor, chunk_size: int) -> Tensor:
@@ -121,6 +148,36 @@ class _Contract(torch.autograd.Function):
             for x, y, z in given
             if x is not None and y is not None and z is not None
         ]
+        return _total(parts)
+
+
+class _Square(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(w: Tensor, p: Tensor, chunk_size: int) -> Tensor:
+        return _leaf(w, p, p, chunk_size)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.chunk_size = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        w, p = ctx.saved_tensors
+        (g,), size = grads, ctx.chunk_size
+        to_p = _contract(w.permute(1, 0, 2) + w.permute(2, 0, 1), g, p, size)
+        return _outer(g, p, p, size), to_p, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        w, p = ctx.saved_tensors
+        tw, tp, _ = tangents
+        parts = [] if tw is None else [_square(tw, p, ctx.chunk_size)]
+        if tp is not None:
+            parts.append(_contract(w + w.mT, tp, p, ctx.chunk_size))
         return _total(parts)
 
 
@@ -171,8 +228,13 @@ def _chunked(w: Tensor, p: Tensor, q: Tensor, chunk_size: int) -> Tensor:
     rows = w.flatten(-3, -2).mT
     out = p.new_empty(*batch, p.shape[-2], w.shape[-3])
     size = max(1, chunk_size // max(1, math.prod(batch)))
+    by_pairs = w.is_cuda and w.shape[-3] >= w.shape[-1]  # the output is the longest: one product
     for start in range(0, p.shape[-2], size):
         now = slice(start, start + size)
+        if by_pairs:
+            pairs = (p[..., now, :, None] * q[..., now, None, :]).flatten(-2)
+            out[..., now, :] = pairs @ w.flatten(-2).mT
+            continue
         matrices = (q[..., now, :] @ rows).unflatten(-1, w.shape[-3:-1])
         out[..., now, :] = (matrices @ p[..., now, :, None]).squeeze(-1)
     return out
@@ -215,7 +277,9 @@ _leaf_outer = library.define(
     default=_chunked_outer,
     fake=_fake_outer,
 )
-for _function in (_Contract.forward, _Outer.forward):
+for _function in (_Contract.forward, _Square.forward, _Outer.forward):
     setattr(_function, "__signature__", inspect.signature(_function))  # noqa: B010
 allow_in_graph(_contract)
+allow_in_graph(_square)
 _CPU = cpu.implement("trilinear", "trilinear", "trilinear_outer")
+_CUDA = cuda_trilinear.implement()

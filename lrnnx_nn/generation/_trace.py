@@ -29,6 +29,8 @@ class Trace(NamedTuple):
     spent: tuple[int, ...] = ()
     """Numbers of the carry's tensors that one operator reads, once, and nothing later: it may write
     where it has read."""
+    settled: tuple[Tensor, ...] = ()
+    """Those of `read` that no operator writes."""
 
     def same(self, other: Trace) -> bool:
         """Return whether a graph of one of them does what the other did."""
@@ -85,6 +87,7 @@ class _Recorder(TorchDispatchMode):
         self.carry = [place_of(t) for t in self.held]
         self.own = set(self.carry)
         self.uses = Counter(self.carry)  # 1 here, for the carry itself
+        self.written: set[int] = set()
         self.trace = Trace([], [])
         self.calls: list[Call] = []
 
@@ -101,6 +104,8 @@ class _Recorder(TorchDispatchMode):
                 self.own.add(place)
                 self.held.append(t)
                 self.trace.read.append(_memory(t))
+        if func._schema.is_mutable:
+            self.written.update(places)
         out = func(*args, **(kwargs or {}))
         self.calls.append(Call(func, args, kwargs or {}, out))
         results = list(tensors(out))
@@ -117,7 +122,8 @@ class _Recorder(TorchDispatchMode):
         spent = (
             i for i, place in enumerate(self.carry) if self.uses[place] == 2 and place not in out
         )
-        return self.trace._replace(spent=tuple(spent))
+        settled = (t for t in self.trace.read if place_of(t) not in self.written)
+        return self.trace._replace(spent=tuple(spent), settled=tuple(settled))
 
 
 def _plain(value: Any) -> list[Any]:

@@ -10,7 +10,8 @@ moved, a value that a layer keeps made anew, a changed mode), a new one is made.
 
 What was written down also tells which tensors of the carry a single operator reads, and nothing
 later: those the captured step gives away (`lrnnx_core.backends.donation`), and a kernel that makes
-the next state writes it there instead of having it copied.
+the next state writes it there instead of having it copied. And it tells which memory nothing in the
+step writes: a kernel may read weights there before the kernel before it has ended.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lrnnx_core.backends import cpu
-from lrnnx_core.backends.donation import donating
+from lrnnx_core.backends.donation import donating, settling
 from lrnnx_core.backends.transforms import (
     autocasting,
     dispatch_observed,
@@ -86,6 +87,7 @@ class Graph:
                 with (
                     torch.cuda.graph(self.graph, capture_error_mode="thread_local"),
                     donating(given),
+                    settling(trace.settled),  # a graph begins when all before it has ended
                 ):
                     self._write(step(self.carry))
             except RuntimeError as error:

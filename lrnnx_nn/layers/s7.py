@@ -67,7 +67,7 @@ class S7(ProjectedLayer):
         v = self._project("in_proj", u)
         y, new = _s7_full.inner(
             self.name, self._inner_params(), v, state, seq,
-            chunk_size=options.get("chunk_size", _s7_full.CHUNK_SIZE),
+            chunk_size=options.get("chunk_size"),
             recurrent=mode == "recurrent", bidirectional=options.get("bidirectional", False),
         )  # fmt: skip
         return self._gated(y, v), new

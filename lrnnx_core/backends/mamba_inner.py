@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""The backward leaf of `lrnnx_core.ops.mamba_inner`, composed of those of its parts.
+
+Every tensor has leading batch axes. Those of the weights are a leading part of those of the
+sequences (what a vmap over parameters adds); their gradients are summed over the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrnnx_core.backends import cuda, cuda_conv1d, cuda_selective_scan, library
+from lrnnx_core.backends.transforms import full_precision
+
+Leaf = Callable[..., tuple[Any, ...]]
+
+
+def gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    """Leaf: the gradients of xz and of the arguments after it, up to timesteps.
+
+    A tensor of shape (0,) stands for the gradient of what is None.
+    """
+    operators, of_z = torch.ops.lrnnx_core, list[Tensor]()
+
+    def scan(*inputs: Any) -> tuple[Tensor, ...]:
+        found = operators.selective_scan_backward.default(*inputs)
+        of_z.append(found[6])
+        return found
+
+    def convolution(g: Tensor, more: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        dx, *rest = operators.causal_conv1d_backward.default(g.add_(more), *inputs)
+        return torch.cat([dx, of_z.pop()], -1), *rest
+
+    return _compose(scan, convolution, *arguments)
+
+
+def gradients_on_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    """Leaf, on a GPU: the kernels write the gradients of x and z where they belong."""
+    if not cuda.ready():
+        return gradients(*arguments)
+    xz = arguments[7]
+    dxz = torch.empty(xz.shape, dtype=xz.dtype, device=xz.device)
+    of_x, of_z = dxz.chunk(2, -1)
+
+    def scan(*inputs: Any) -> tuple[Tensor | None, ...]:
+        # the gradient of dt is no longer needed when that of x takes its place
+        return cuda_selective_scan.selective_scan_backward(*inputs, into=(of_x, of_z))
+
+    def convolution(g: Tensor, more: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        _, *rest = cuda_conv1d.causal_conv1d_backward(g, *inputs, more=more, dx=of_x)
+        return dxz, *rest
+
+    return _compose(scan, convolution, *arguments)
+
+
+def _compose(
+    scan: Leaf,
+    convolution: Leaf,
+    v: Tensor,
+    mixed: Tensor,
+    dt: Tensor,
+    checkpoints: Tensor,
+    grad_y: Tensor,
+    grad_tail: Tensor,
+    grad_last: Tensor,
+    xz: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    x_proj: Tensor,
+    dt_proj: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    tail: Tensor | None,
+    h0: Tensor | None,
+    decay_dt: Tensor | None,
+    timesteps: Tensor | None,
+    reset: Tensor | None,
+    state_only: bool,
+    scheme: str,
+) -> tuple[Tensor, ...]:
+    """Compose the gradients of what the backward leaves of the scan and the convolution return.
+
+    That of the convolution takes two gradients of its output, which are to be added, before its
+    other arguments, and returns the gradient of xz in the place of that of x.
+    """
+    shared, rank, states = x_proj.ndim - 2, dt_proj.shape[-1], A.shape[-1]
+
+    def rows(t: Tensor) -> Tensor:
+        return t.reshape(*t.shape[:shared], -1, t.shape[-1])
+
+    x, z = xz.chunk(2, -1)
+    r, B, C = mixed.split([rank, states, states], -1)
+    with full_precision(xz.device):  # a backward pass may be run inside of an autocast region
+        dv, ddt, dA, dB, dC, dD, _, dbias, dh0, ddecay, dtau = scan(
+            checkpoints, grad_y, grad_last, v, dt, A, B.unsqueeze(-2), C.unsqueeze(-2), D, z,
+            dt_bias, h0, decay_dt, timesteps, reset, True, state_only, scheme,
+        )  # fmt: skip
+        dr = (rows(ddt) @ dt_proj).reshape(r.shape)
+        ddt_proj = rows(ddt).mT @ rows(r)
+        del ddt
+        dmixed = rows(torch.cat([dr, dB.squeeze(-2), dC.squeeze(-2)], -1))
+        dx_proj = dmixed.mT @ rows(v)
+        more = (dmixed @ x_proj).reshape(v.shape)
+        del dr, dB, dC, dmixed
+        dxz, dweight, dconv_bias, dtail = convolution(
+            dv, more, grad_tail, x, conv_weight, conv_bias, tail,
+            None if conv_weight.shape[-1] == 1 else reset, True,
+        )  # fmt: skip
+    ddecay, dtau = (dxz.new_empty(0) if g is None else g for g in (ddecay, dtau))
+    dh0 = dxz.new_empty(0) if h0 is None else dh0.to(h0.dtype)
+    return (
+        dxz, dweight, dconv_bias, dx_proj, ddt_proj, dA, dD, dbias, dtail, dh0, ddecay, dtau,
+    )  # fmt: skip
+
+
+def implement() -> tuple[library.Implementation, ...]:
+    """Register the operator for CUDA tensors; the handles keep it in force."""
+    return (library.implement("mamba_inner_backward", "cuda", gradients_on_cuda),)
