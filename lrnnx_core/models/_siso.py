@@ -87,10 +87,8 @@ def scan(
     _check(where, params, u, state, layout, mode, bidirectional, kernel, size)
     with full_precision(u.device):
         dtype = compute_dtype(params, u, state)
-        x = u.to(dtype)
         valid = layout.valid(length)
-        if valid is not None:
-            x = torch.where(valid.unsqueeze(-1), x, torch.zeros_like(x))
+        x = u if valid is None else torch.where(valid.unsqueeze(-1), u, torch.zeros_like(u))
         r = recurrence(dtype, layout.timesteps)
         steady = layout.uniform and r.A_bar.ndim == 2
         if layout.uniform and not steady:
@@ -107,6 +105,8 @@ def scan(
         D = D.unsqueeze(0) if D.ndim == 1 else D
         C = _readout(params, "C", dtype)
         fuses = mode == "scan" and r.A_bar.ndim == r.B_bar.ndim == 2
+        if not fuses or bidirectional or h0 is not None:  # else all is one operator, which widens
+            x = x.to(dtype)
         if fuses and layout.mask is not None and valid is not None:
             # padding on the right is all that the operators take: the holes are closed
             holes = Compaction.of(valid.expand(x.shape[:-1]))
