@@ -27,7 +27,6 @@ from lrnnx_core.models._common import (
     full_precision,
     made_of,
     pair,
-    scaled,
     zero_state,
 )
 from lrnnx_core.sequences import layout
@@ -347,7 +346,9 @@ def _sequence(
         def make() -> tuple[Tensor, Tensor, Tensor]:
             nu, theta = params["nu_log"].to(dtype).exp(), params["theta_log"].to(dtype).exp()
             gamma = params["gamma_log"].to(dtype).exp()
-            return scaled(torch.complex(-nu, theta), dt_scale), gamma, pair(params, "B", dtype)
+            # A product even by 1: the gradient of `torch.complex` alone is a lazy negation under
+            # jacrev(jacrev), which vmap cannot map.
+            return torch.complex(-nu, theta) * dt_scale, gamma, pair(params, "B", dtype)
 
         z, gamma, B = made_of(params, ("lru", dtype, dt_scale), make)
         if timesteps is None:
