@@ -138,9 +138,9 @@ def discretize(
     scheme: str,
     alpha: float,
 ) -> tuple[Tensor, Tensor]:
-    """Leaf: (A_bar, B_bar), as `discretization.default`."""
+    """Leaf: (A_bar, B_bar), as `discretization.formula`."""
     if not cuda.ready():
-        return discretization.default(A, A_im, dt, dt_input, B, B_im, scheme, alpha)
+        return discretization.formula(A, A_im, dt, dt_input, B, B_im, scheme, alpha)
     tensors = [_plain(t) for t in (A, A_im, dt, dt_input, B, B_im)]
     kind, device = _check("discretize_diagonal", *tensors)
     if device != torch.cuda.current_device():

@@ -32,24 +32,10 @@ def formula(
     scheme: str,
     alpha: float,
 ) -> tuple[Tensor, Tensor]:
-    """Compose (A_bar, B_bar) of differentiable pieces."""
+    """Leaf: (A_bar, B_bar), each of the shape its arguments broadcast to; differentiable pieces."""
     rule = partial(gbt, alpha=alpha) if scheme == "gbt" else SCHEMES[scheme]
     A_bar, gamma = rule(_joined(A, A_im), dt, dt if dt_input is None else dt_input)
     return A_bar, gamma if B is None else gamma * _joined(B, B_im)
-
-
-def default(
-    A: Tensor,
-    A_im: Tensor | None,
-    dt: Tensor,
-    dt_input: Tensor | None,
-    B: Tensor | None,
-    B_im: Tensor | None,
-    scheme: str,
-    alpha: float,
-) -> tuple[Tensor, Tensor]:
-    """Leaf: (A_bar, B_bar), each of the shape its arguments broadcast to."""
-    return formula(A, A_im, dt, dt_input, B, B_im, scheme, alpha)
 
 
 def gradients(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lrnnx_core import discretize as schemes
 from lrnnx_core.backends import cpu, cuda, cuda_discretize, library
-from lrnnx_core.backends.discretization import default, formula, gradients
+from lrnnx_core.backends.discretization import formula, gradients
 from lrnnx_core.backends.transforms import allow_in_graph
 from lrnnx_core.ops._fused import Signature, fused
 from lrnnx_core.types import Discrete, Discretization, Number, TimestepMode
@@ -183,7 +183,7 @@ _ARGUMENTS = (
     "float alpha"
 )
 _leaf = library.define(
-    f"discretize_diagonal({_ARGUMENTS}) -> (Tensor, Tensor)", default=default, fake=_fake
+    f"discretize_diagonal({_ARGUMENTS}) -> (Tensor, Tensor)", default=formula, fake=_fake
 )
 _leaf_backward = library.define(
     f"discretize_diagonal_backward(Tensor grad_A_bar, Tensor grad_B_bar, {_ARGUMENTS}) "

@@ -40,10 +40,10 @@ def discretize_diagonal(
     scheme: str,
     alpha: float,
 ) -> tuple[Tensor, Tensor]:
-    """Leaf: (A_bar, B_bar), as `discretization.default`."""
+    """Leaf: (A_bar, B_bar), as `discretization.formula`."""
     x = _laid(A, A_im, dt, dt_input, B, B_im, scheme)
     if x is None:
-        return discretization.default(A, A_im, dt, dt_input, B, B_im, scheme, alpha)
+        return discretization.formula(A, A_im, dt, dt_input, B, B_im, scheme, alpha)
     p, values, keep = x
     decay, gain = (torch.empty(p.shape, dtype=dt.dtype.to_complex()) for _ in range(2))
     if decay.numel():
