@@ -4,10 +4,10 @@
     python -m benchmarks.cuda.compiled [NAME ...] [--jobs 8] [--json FILE]
 
 Batch 8, width 256, 2048 samples, float32, TF32 matrix products off. Every layer is compiled whole
-(``fullgraph=True``) in a process of its own, several at once; they take turns on the GPU to be
-timed. The times are those of the clock on the wall, the host's work included, which is what
-compiling spares; the ways take turns too. "Eager" is also checked: what the compiled layer gives
-and its gradients are compared with it.
+(``fullgraph=True``) in a process of its own, several at once; they are timed one by one, while
+none compiles. The times are those of the clock on the wall, the host's work included, which is
+what compiling spares; the ways take turns too. What the compiled layer gives and its gradients are
+compared with eager ones.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ TURNS, RUNS = 7, 10
 
 
 @contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Hold the GPU for oneself among the processes of this benchmark."""
+def held(lock: Path, *, alone: bool) -> Iterator[None]:
+    """Compile beside others, or time alone: nobody does the one while somebody does the other."""
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         try:
             yield
         finally:
@@ -72,6 +72,16 @@ def difference(got: list[Any], want: list[Any]) -> float:
 
 def measure(name: str, lock: Path) -> dict[str, Any]:
     """Compile one layer in every mode, check it and time it."""
+    with held(lock, alone=False):
+        ways, row = compiled(name)
+    with held(lock, alone=True):
+        for kind, calls in ways.items():
+            row[kind] = timed(calls)
+    return row
+
+
+def compiled(name: str) -> tuple[dict[str, dict[str, Callable[[], Any]]], dict[str, Any]]:
+    """Return the calls to time, by kind and way, and what compiling took and changed."""
     torch.manual_seed(0)
     eager = LAYERS[name](SIZE[-1], STATES.get(name, 64)).cuda()
     u = torch.randn(SIZE, device="cuda")
@@ -88,7 +98,8 @@ def measure(name: str, lock: Path) -> dict[str, Any]:
         return [y, *torch.autograd.grad(y.square().mean(), weights)]
 
     weights = [x, *eager.parameters()]
-    ways = {"forward": {"eager": partial(forward, eager)}}
+    ways: dict[str, dict[str, Callable[[], Any]]] = {}
+    ways["forward"] = {"eager": partial(forward, eager)}
     ways["training"] = {"eager": partial(training, eager, weights)}
     row: dict[str, Any] = {"compile_s": {}, "difference": {}}
     want = [t.detach().clone() for t in training(eager, weights)]
@@ -98,6 +109,7 @@ def measure(name: str, lock: Path) -> dict[str, Any]:
         start = time.perf_counter()
         for _ in range(3):
             forward(call)
+        got: list[Any] = []
         for _ in range(3):
             got = [t.detach().clone() for t in training(call, own)]
         torch.cuda.synchronize()
@@ -105,10 +117,7 @@ def measure(name: str, lock: Path) -> dict[str, Any]:
         row["difference"][way] = difference(got, want)
         ways["forward"][way] = partial(forward, call)
         ways["training"][way] = partial(training, call, own)
-    with alone(lock):
-        for kind, calls in ways.items():
-            row[kind] = timed(calls)
-    return row
+    return ways, row
 
 
 def main() -> int:
