@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                 }
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i)
-                if (c + i < p.piece) h[i].store(after + from[i] + n);
+                if (c + i < p.piece) h[i].put(after + from[i] + n);
         }
         sum_over_lanes<32>(sum);
         const long long channel = c + lane / (32 / AT_ONCE);

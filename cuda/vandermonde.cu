@@ -239,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 Items x;
 #pragma unroll
                 for (int b = 0; b < V; ++b) x.item[b] = sums[a][g * V + b];
-                x.store(out + t);
+                x.put(out + t);
             } else {
 #pragma unroll
                 for (int b = 0; b < V; ++b)
