@@ -147,6 +147,8 @@ def _in_frequency(
     else:
         F = torch.fft.rfft(K, n, dim=0)
         B, C = B.to(F.dtype), C.to(F.dtype)
+    if torch.compiler.is_compiling():  # torch 2.11 takes every transform for contiguous: it is then
+        U, F = (t.clone(memory_format=torch.contiguous_format) for t in (U, F))
     batch = u.shape[:-2]
     U = U.reshape(-1, *U.shape[-2:])
     if steps is None:
