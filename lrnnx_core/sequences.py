@@ -159,7 +159,7 @@ def layout(
         if name == "integration_timesteps" and not value.is_floating_point():
             raise ValueError(f"{where}: {name} has dtype {value.dtype}, expected a floating one")
     if lengths is not None:
-        lengths = lengths.expand(batch)
+        lengths = lengths.to(torch.int64).expand(batch)  # narrower ones do not index in every place
     found = Layout(lengths, mask, reset, integration_timesteps)
     if integration_timesteps is None or (valid := found.valid(length)) is None:
         return found

@@ -112,7 +112,7 @@ def pad(signal: Signal, factor: int) -> Signal:
         x = F.pad(x, (0, 0, 0, extra))
         gaps = None if gaps is None else F.pad(gaps, (0, extra), value=1.0)
     if lengths is not None:
-        lengths = (lengths + factor - 1) // factor * factor
+        lengths = (lengths.to(torch.int64) + factor - 1) // factor * factor  # a uint8 would wrap
     return Signal(x, lengths, gaps)
 
 

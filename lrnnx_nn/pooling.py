@@ -71,7 +71,7 @@ def check_grouping(where: str, pooling: str, stride: int) -> None:
 
 def grouped_lengths(lengths: Tensor, stride: int) -> Tensor:
     """Return how many groups rows of these lengths have: ceil(lengths / stride)."""
-    return (lengths + (stride - 1)) // stride
+    return (lengths.to(torch.int64) + (stride - 1)) // stride  # a uint8 would wrap
 
 
 def pool_groups(

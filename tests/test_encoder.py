@@ -388,6 +388,7 @@ def test_a_network_compiles_in_one_graph() -> None:
 def test_grouped_lengths_compose() -> None:
     n = torch.arange(40)
     assert torch.equal(grouped_lengths(grouped_lengths(n, 3), 4), grouped_lengths(n, 12))
+    assert grouped_lengths(torch.tensor([255], dtype=torch.uint8), 10).tolist() == [26]
     assert isinstance(network().blocks[0], Block)
 
 

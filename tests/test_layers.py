@@ -291,6 +291,9 @@ def test_evaluation_keeps_one_entry_a_use_and_training_none(case: Case) -> None:
             for scale in (1.0, 2.0):
                 want = case.model.scan(layer.params, u[:, :length], dt_scale=scale)[0]
                 assert_agree(layer(u[:, :length], dt_scale=scale), want, EXACT)
+            assert layer(u[:, :0]).shape == (2, 0, 3)  # no kernel has a length of zero
+        with pytest.raises(ValueError, match=r"u \(3,\), expected \(\.\.\., L, H\)"):
+            layer(u[0, 0])
         assert len(layer._cache) == layer._keeps_kernel()
     layer.train()
     assert not layer._cache

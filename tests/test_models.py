@@ -582,6 +582,25 @@ def test_layout_arguments_of_fewer_batch_axes_apply_to_every_row(case: Case) -> 
     assert_agree(got, want, EXACT)
 
 
+@first_case
+def test_lengths_of_every_integer_dtype_are_the_same(case: Case) -> None:
+    """A uint8 indexes as a mask, an int32 of a single sequence has no gradient of its index."""
+    params, u = case.params(), normal(2, 8, 3)
+
+    def run(mode: str, lengths: Tensor) -> tuple[Tensor, ...]:
+        x = (u if lengths.ndim else u[0]).clone().requires_grad_()
+        y, last = case.model.scan(params, x, lengths=lengths, mode=mode)
+        found = (y, *(t for t in tree_leaves(last) if t.dtype != torch.bool))
+        total = torch.stack([real(t).square().sum() for t in found]).sum()
+        return (*found, *torch.autograd.grad(total, x))
+
+    for mode in case.model.modes:
+        for lengths in (torch.tensor([8, 0]), torch.tensor(5)):
+            want = run(mode, lengths)
+            for dtype in (torch.uint8, torch.int8, torch.int32):
+                assert_agree(run(mode, lengths.to(dtype)), want, 0.0, mode)
+
+
 # ---------------------------------------------------------------------------------- irregular time
 
 

@@ -71,7 +71,8 @@ def recover(C: Tensor, A: Tensor, length: int) -> Tensor:
     """Solve C (I - A^length) = C~ for C: rows (H, Ch, N), A (H, N, N)."""
     rest = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     rest = rest - torch.linalg.matrix_power(A, length)
-    return torch.linalg.solve(rest, C, left=False)
+    # not linalg.solve: a derivative of its jvp is wrong, in silence (torch.func, PyTorch 2.13)
+    return C @ torch.linalg.inv(rest)
 
 
 def true_readout(

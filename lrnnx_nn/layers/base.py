@@ -307,6 +307,8 @@ class Layer(nn.Module):
         if (
             uniform
             and self._may_keep()
+            and u.ndim >= 2
+            and u.shape[-2] > 0
             and self._convolves(u)
             and (K := self._kernel(u, sequence["dt_scale"])) is not None
         ):
@@ -315,7 +317,7 @@ class Layer(nn.Module):
 
     def _convolves(self, u: Tensor) -> bool:
         """Return whether a sequence runs as a convolution with a kernel that is worth keeping."""
-        if u.ndim < 2 or self.model.kernel is None or not self._keeps_kernel():
+        if self.model.kernel is None or not self._keeps_kernel():
             return False
         if self.mode != "auto":
             return self.mode == "conv"

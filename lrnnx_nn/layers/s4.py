@@ -94,7 +94,7 @@ class S4(Layer):
         return {k: v for k, v in self._options.items() if k in ("dt_transform", "A_transform")}
 
     def _convolves(self, u: Tensor) -> bool:
-        if u.ndim < 2 or self.mode != "auto":
+        if self.mode != "auto":
             return self.mode == "conv"
         if self._options.get("chunk_size") is not None:
             return True
