@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The gradients of the scan of S4D in chunks of time on tensor cores; the method stands in s4d_chunks.cuh.
 //
-// In reverse alone, as s4d_scan_backward in s4d_scan.cu, and in its notation. j counts the steps of a chunk from
-// its end, m and r stand for those before it, and
+// In reverse alone, as s4d_scan_backward.cu, and in its notation. j counts the steps of a chunk from its end, m and
+// r stand for those before it, and
 //
 //     F = sum_j a^j u_j,  c_d = sum_j u_j g_(j-d)
 //     sum_j u_j m_j = a m F + sum_d a^d c_d
@@ -11,7 +11,7 @@
 // block and all chunks before it meets a^d, and is added to the partial sums of the block's first piece.
 //
 // Memory contract. As s4d_scan_backward; a and v complex64, nothing reset. What the gradient of the last state adds
-// is left to s4d_scan_free. grad_y and u are read and du is written once; da, dv, dD as in s4d_scan.cu.
+// is left to s4d_scan_free. grad_y and u are read and du is written once; da, dv, dD as there.
 #include "s4d_chunks.cuh"
 
 constexpr int FLUSH = 128;  // steps: sums over time have two levels

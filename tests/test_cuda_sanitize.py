@@ -16,7 +16,6 @@ from lrnnx_core.backends import (
     cuda,
     cuda_conv1d,
     cuda_diagonal,
-    cuda_linear_mma,
     cuda_linear_scan,
     cuda_linear_step,
     cuda_mamba_step,
@@ -33,7 +32,7 @@ def cpu_for_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let CPU tensors pass for CUDA ones, up to the launch."""
     modules = (
         cuda_linear_scan, cuda_rg_lru, cuda_diagonal, cuda_conv1d, cuda_selective_step,
-        cuda_linear_mma, cuda_linear_step, cuda_mamba_step,
+        cuda_linear_step, cuda_mamba_step,
     )  # fmt: skip
     monkeypatch.setattr(cuda, "ready", lambda: True)
     monkeypatch.setattr(cuda, "limits", lambda device: H100)

@@ -9,13 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrnnx_core.backends import (
-    cuda,
-    cuda_linear_mma,
-    cuda_linear_step,
-    cuda_linear_tile,
-    cuda_mamba_step,
-)
+from lrnnx_core.backends import cuda, cuda_linear_step, cuda_linear_tile, cuda_mamba_step
 from lrnnx_core.backends.cuda_linear_step import linear_step
 from lrnnx_core.backends.cuda_mamba_step import mamba_step
 from lrnnx_core.backends.donation import donating, settling
@@ -43,7 +37,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     monkeypatch.setattr(Tensor, "get_device", lambda self: 0)
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(Tensor, "is_cpu", property(lambda self: False))
-    shapes = (cuda_linear_mma._shape, cuda_linear_step._shape, cuda_mamba_step._shape)
+    shapes = (cuda_linear_step._shape, cuda_mamba_step._shape)
     for cached in shapes:
         cached.cache_clear()
     yield found

@@ -127,21 +127,21 @@ FAULTS = {
               "p.mixed[(row + r + 1) * p.pitch + column(p, n)] =", ("mamba_step_many",)),
         Fault("s4d_scan.cu", "at.write(p.last, s, size, at.row);",
               "at.write(p.last, s, size, at.row + 1);", ("s4d_scan",)),
-        Fault("s4d_scan.cu", "at.write(p.da, body.da, size, index);",
+        Fault("s4d_scan_backward.cu", "at.write(p.da, body.da, size, index);",
               "at.write(p.da, body.da, size, index + 1);", ("s4d_scan_backward",)),
-        Fault("s4d_scan.cu", "at.write(p.da, before, size, index);",
+        Fault("s4d_scan_free.cu", "at.write(p.da, before, size, index);",
               "at.write(p.da, before, size, index + 1);", ("s4d_scan_free",)),
         Fault("s4d_chunks.cu", "last[block.at.pair(i)] = s[i];",
               "last[block.at.pair(i) + 1] = s[i];", ("s4d_chunks",)),
         Fault("s4d_chunks_backward.cu", "p.dv[to + pair] =", "p.dv[to + pair + 1] =",
               ("s4d_chunks_backward",)),
-        Fault("s4d_scan.cu", "at.write(p.ends, body.m, size, index);",
+        Fault("s4d_ends.cu", "at.write(p.ends, body.m, size, index);",
               "at.write(p.ends, body.m, size, index + 1);", ("s4d_ends",)),
         Fault("add_norm.cu", "write(p.out + at + c,", "write(p.out + at + p.channels + c,",
               ("add_norm",)),
         Fault("add_norm.cu", "p.partial[to] = dw", "p.partial[to + p.channels] = dw",
               ("add_norm_backward",)),
-        Fault("s4d_scan.cu", "narrow_to(p.starts[at], m);", "narrow_to(p.starts[at + 1], m);",
+        Fault("s4d_starts.cu", "narrow_to(p.starts[at], m);", "narrow_to(p.starts[at + 1], m);",
               ("s4d_starts",)),
         Fault("vandermonde.cu", "out[t + b] = sums", "out[t + b + 1] = sums", ("vandermonde",)),
         Fault("vandermonde.cu", "(m ? p.second : p.first)[to] =",
@@ -200,8 +200,8 @@ FAULTS = {
         missing_barrier("selective_scan_backward.cu",
                         "__syncthreads();\n        if (chunk > 0)",
                         "selective_scan_backward"),
-        Fault("s4d_scan.cu", "__syncwarp();  // the tile is there", "// the tile is there",
-              ("s4d_scan", "s4d_scan_backward", "s4d_scan_free", "s4d_ends")),
+        *(Fault(f"{name}.cu", "__syncwarp();  // the tile is", "// the tile is", (name,))
+          for name in ("s4d_scan", "s4d_scan_backward", "s4d_scan_free", "s4d_ends")),
         missing_barrier("s4d_chunks.cu", "__syncthreads();  // the tile is there", "s4d_chunks"),
         missing_barrier("s4d_chunks_backward.cu", "__syncthreads();  // the tile is there",
                         "s4d_chunks_backward"),
@@ -582,12 +582,12 @@ def linear_mma(number: Numbers, planted: bool) -> None:
     """Tails of rows, inputs and outputs, one tile and several, more inputs than are under way."""
     import torch
 
-    from lrnnx_core.backends import cuda_linear_mma as kernels
+    from lrnnx_core.backends import cuda_linear_step as kernels
 
     sizes = ((9, 32, 51), (70, 1544, 37), (17, 264, 602), (33, 24, 900))
     for rows, inputs, outputs in sizes[: 1 if planted else None]:
         x, weight = (number(n, inputs, dtype=torch.bfloat16) for n in (rows, outputs))
-        kernels.linear_mma(x, weight, number(outputs, dtype=torch.bfloat16))
+        kernels.linear_step(x, weight, number(outputs, dtype=torch.bfloat16))
 
 
 def mamba_step(number: Numbers, planted: bool) -> None:

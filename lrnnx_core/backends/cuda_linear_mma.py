@@ -4,17 +4,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear
 
-from lrnnx_core.backends import cuda, donation
+from lrnnx_core.backends import cuda
+from lrnnx_core.backends.cuda_linear import Map, Shape
 
-LEAST_ROWS, MOST_ROWS = 5, 128
-"""Of x, where this is taken: fewer are `cuda_linear_step`'s, more are cuBLAS's."""
+MOST_ROWS = 128  # of x; more are cuBLAS's
 CHUNK = 32  # inputs that a warp multiplies between reads
 WARPS = 8  # of a block; they divide the inputs
 HEIGHTS = (16, 32, 64)  # rows of a tile
@@ -62,23 +58,6 @@ def kernel(dtype: torch.dtype, height: int, outputs: int, chunks: int) -> cuda.K
     )
 
 
-class Shape(NamedTuple):
-    """The launch for inputs of certain shapes; the kernel is None where there is none.
-
-    Attributes:
-        kernel: the kernel.
-        blocks: of the grid.
-        row_tiles: of x.
-    """
-
-    kernel: cuda.Kernel | None
-    blocks: int
-    row_tiles: int
-
-
-_NONE = Shape(None, 0, 0)
-
-
 def tile(rows: int, inputs: int, outputs: int, limits: cuda.Limits) -> tuple[int, int] | None:
     """Return the rows and outputs of a tile.
 
@@ -115,100 +94,34 @@ def reading(
     return max(1.0, blocks / limits.multiprocessors) * each
 
 
-def arrange(rows: int, inputs: int, outputs: int, dtype: torch.dtype, limits: cuda.Limits) -> Shape:
-    """Return the launch on a device with these limits."""
+def _arrange(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype, limits: cuda.Limits
+) -> tuple[cuda.Kernel, int, int] | None:
+    """Return (kernel, blocks, tiles of x) on a device, None where cuBLAS is faster."""
     chosen = tile(rows, inputs, outputs, limits)
     if chosen is None or dtype.itemsize * inputs * outputs > MOST_WEIGHT:
-        return _NONE
+        return None
     if reading(rows, inputs, outputs, *chosen, limits) > MOST_READ:
-        return _NONE
+        return None
     height, wide = chosen
     row_tiles, chunks = -(-rows // height), -(-inputs // (CHUNK * WARPS))
-    return Shape(kernel(dtype, height, wide, chunks), row_tiles * -(-outputs // wide), row_tiles)
+    return kernel(dtype, height, wide, chunks), row_tiles * -(-outputs // wide), row_tiles
 
 
-@functools.lru_cache(maxsize=4096)
-def _shape(
-    rows: int,
-    inputs: int,
-    outputs: int,
-    weight_stride: int,
-    dtypes: tuple[torch.dtype, ...],
-    alignment: int,
-    device: int,
-) -> Shape:
-    dtype, limits = dtypes[0], cuda.limits(device)
-    if not (LEAST_ROWS <= rows <= MOST_ROWS and inputs > 0 and outputs > 0):
-        return _NONE
-    if dtype not in DTYPES or any(d is not dtype for d in dtypes):
-        return _NONE
-    if alignment % 16 or inputs % 8 or weight_stride % 8:
-        return _NONE
-    if torch.cuda.get_device_capability(device) < CAPABILITY:
-        return _NONE
-    return arrange(rows, inputs, outputs, dtype, limits)
-
-
-def takes(
-    rows: int,
-    inputs: int,
-    outputs: int,
-    weight_stride: int,
-    dtypes: Sequence[torch.dtype],
-    alignment: int,
-    device: int,
-) -> bool:
-    """Return whether `linear_mma` has a kernel for x and a weight with neighbours in the last axis.
-
-    Args:
-        rows: of x.
-        inputs: of the map.
-        outputs: of the map.
-        weight_stride: from row to row of the weight, in numbers.
-        dtypes: of x, the weight and the bias, if there is one.
-        alignment: the lowest bits of the addresses of x and the weight, joined by "or".
-        device: the index of the device.
-    """
-    shape = _shape(rows, inputs, outputs, weight_stride, tuple(dtypes), alignment & 15, device)
-    return shape.kernel is not None
-
-
-def linear_mma(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return y (..., outputs) = x W^T + b for x (..., inputs) and W (outputs, inputs).
-
-    Where there is no kernel torch multiplies.
-
-    Raises:
-        ValueError: a tensor on another device.
-    """
-    device = x.get_device()
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.get_device() != device:
-            raise ValueError(f"linear_mma: {name} is on {t.device}, x on {x.device}")
-    inputs = x.shape[-1]
-    outputs, width = weight.shape
-    rows = x.numel() // inputs if inputs else 0
-    plain = width == inputs and (weight.stride(1) == 1 or inputs == 1)
-    if not LEAST_ROWS <= rows <= MOST_ROWS or not plain or not cuda.ready():
-        return linear(x, weight, bias)
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return linear_mma(x, weight, bias)
-    x = x.contiguous()
-    at_x, at_weight = x.data_ptr(), weight.data_ptr()
-    dtypes = (x.dtype, weight.dtype) if bias is None else (x.dtype, weight.dtype, bias.dtype)
-    call = _shape(rows, inputs, outputs, weight.stride(0), dtypes, (at_x | at_weight) & 15, device)
-    if call.kernel is None:
-        return linear(x, weight, bias)
-    if bias is not None:
-        bias = bias.contiguous()
-    y = x.new_empty((*x.shape[:-1], outputs))
-    call.kernel.launch(
-        device, call.blocks, cuda.WARP * WARPS, call.kernel.shared, at_x, at_weight,
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), rows, inputs, outputs,
-        weight.stride(0), call.row_tiles, donation.settled(weight),
-    )  # fmt: skip
-    return y
+def shape(x: Map) -> Shape | None:
+    """Return the launch, None where there is no kernel or cuBLAS is faster."""
+    if x.rows > MOST_ROWS or x.dtype not in DTYPES:
+        return None
+    if x.alignment % 16 or x.inputs % 8 or x.weight_row % 8:
+        return None
+    if torch.cuda.get_device_capability(x.device) < CAPABILITY:
+        return None
+    found = _arrange(x.rows, x.inputs, x.outputs, x.dtype, cuda.limits(x.device))
+    if found is None:
+        return None
+    call, blocks, row_tiles = found
+    sizes = (x.rows, x.inputs, x.outputs, x.weight_row, row_tiles, x.settled)
+    return Shape(call, blocks, cuda.WARP * WARPS, call.shared, sizes)
 
 
 def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
@@ -219,8 +132,8 @@ def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
         (8, 768, 3072, torch.bfloat16), (64, 768, 3072, torch.bfloat16),
         (64, 1536, 768, torch.bfloat16), (64, 1536, 768, torch.float16),
     )  # fmt: skip
-    found = (arrange(*case, limits).kernel for case in cases)
-    return [kernel for kernel in found if kernel is not None]
+    found = (_arrange(*case, limits) for case in cases)
+    return [x[0] for x in found if x is not None]
 
 
 cuda.KERNELS["linear_mma"] = kernels

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from lrnnx_core.backends import cuda, cuda_linear_mma, cuda_linear_tile, donation
-from lrnnx_core.backends.cuda_linear_tile import Shape
+from lrnnx_core.backends.cuda_linear import Map, Shape
 from lrnnx_core.backends.transforms import tf32_allowed
 
 MOST_ROWS = 256  # of x; above, torch multiplies
@@ -83,50 +82,36 @@ def _shape(
     device: int,
     tf32: bool,
     settled: bool,
-) -> Shape | Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Return the launch, or the function that computes it instead."""
+) -> Shape | None:
+    """Return the launch, None where torch multiplies."""
     dtype, weight_row = dtypes[0], weight_strides[0]
     plain = weight_strides[1] == 1 or inputs == 1
     fits = 0 < rows <= MOST_ROWS and inputs > 0 and outputs > 0
     if not (fits and plain and dtype in DTYPES and all(d is dtype for d in dtypes)):
-        return linear
+        return None
+    x = Map(rows, inputs, outputs, weight_row, dtype, alignment, device, tf32, settled)
     if rows <= FEW_ROWS:
-        return _few(rows, inputs, outputs, weight_row, dtype, alignment, device, settled)
-    if cuda_linear_tile.takes(rows, inputs, outputs, dtype, tf32):
-        return cuda_linear_tile.shape(
-            rows, inputs, outputs, weight_row, dtype, alignment, device, settled
-        )
-    if cuda_linear_mma.takes(rows, inputs, outputs, weight_row, dtypes, alignment, device):
-        return cuda_linear_mma.linear_mma
-    return linear
+        return _few(x)
+    return cuda_linear_tile.shape(x) or cuda_linear_mma.shape(x)
 
 
-def _few(
-    rows: int,
-    inputs: int,
-    outputs: int,
-    weight_row: int,
-    dtype: torch.dtype,
-    alignment: int,
-    device: int,
-    settled: bool,
-) -> Shape:
-    vector, group = partition(inputs, dtype)
-    width = vector * dtype.itemsize
-    wide = not alignment % width and not weight_row % vector
+def _few(x: Map) -> Shape:
+    """Return the launch of linear_step.cu."""
+    vector, group = partition(x.inputs, x.dtype)
+    wide = not x.alignment % (vector * x.dtype.itemsize) and not x.weight_row % vector
     held = 1
-    while held < rows:
+    while held < x.rows:
         held *= 2
-    multiprocessors = max(cuda.limits(device).multiprocessors, 1)
-    threads = outputs * group // multiprocessors
-    together, busy = 1, BUSY[rows > 2]
+    multiprocessors = max(cuda.limits(x.device).multiprocessors, 1)
+    threads = x.outputs * group // multiprocessors
+    together, busy = 1, BUSY[x.rows > 2]
     while together < OUTPUTS and together * held < 16 and threads >= 2 * together * busy:
         together *= 2
     block = max(THREADS, group)
-    blocks = -(-outputs // (block // group * together))
-    settled = settled and blocks <= AT_ONCE * multiprocessors
-    call = kernel(dtype, vector, group, together, held, wide, settled)
-    return Shape(call, blocks, block, 0, (rows, inputs, outputs, inputs, weight_row))
+    blocks = -(-x.outputs // (block // group * together))
+    settled = x.settled and blocks <= AT_ONCE * multiprocessors
+    call = kernel(x.dtype, vector, group, together, held, wide, settled)
+    return Shape(call, blocks, block, 0, (x.rows, x.inputs, x.outputs, x.inputs, x.weight_row))
 
 
 def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -158,8 +143,8 @@ def linear_step(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, inputs, outputs, weight.stride(), dtypes, (at_x | at_weight) & 15, device,
         rows > FEW_ROWS and tf32_allowed(), donation.settled(weight),
     )  # fmt: skip
-    if not isinstance(call, Shape):
-        return call(x, weight, bias)
+    if call is None:
+        return linear(x, weight, bias)
     y = x.new_empty((*x.shape[:-1], outputs))
     call.kernel.launch(
         device, call.blocks, call.threads, call.shared, at_x, at_weight,

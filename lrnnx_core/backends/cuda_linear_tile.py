@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 
 from lrnnx_core.backends import cuda
+from lrnnx_core.backends.cuda_linear import Map, Shape
 
 MOST_PRODUCTS = {torch.float32: 100_000_000, torch.float64: 8_000_000}
 """rows * inputs * outputs, above which torch is faster."""
@@ -82,26 +82,14 @@ def _region(dtype: torch.dtype, tile: tuple[int, int], stages: int) -> int:
     )
 
 
-class Shape(NamedTuple):
-    """The launch for inputs of certain shapes."""
-
-    kernel: cuda.Kernel
-    blocks: int
-    threads: int
-    shared: int
-    sizes: tuple[int, ...]
-
-
-def _tile(
-    rows: int, inputs: int, outputs: int, dtype: torch.dtype, limits: cuda.Limits
-) -> tuple[int, int]:
+def _tile(x: Map, limits: cuda.Limits) -> tuple[int, int]:
     """Return the largest tile of which there are enough and half of whose rows exist."""
-    _, slices, long = partition(inputs, dtype)
+    _, slices, long = partition(x.inputs, x.dtype)
     busy, best = BUSY * limits.multiprocessors, TILES[0]
-    for high, wide in TILES[1 : len(TILES) - long - (dtype.itemsize > 4)]:  # registers
-        tiles = -(-rows // (4 * high)) * -(-outputs // (8 * wide))
-        fits = slices * _region(dtype, (high, wide), 1) <= limits.shared_per_block
-        if fits and 2 * high < rows and tiles * slices >= busy:
+    for high, wide in TILES[1 : len(TILES) - long - (x.dtype.itemsize > 4)]:  # registers
+        tiles = -(-x.rows // (4 * high)) * -(-x.outputs // (8 * wide))
+        fits = slices * _region(x.dtype, (high, wide), 1) <= limits.shared_per_block
+        if fits and 2 * high < x.rows and tiles * slices >= busy:
             best = (high, wide)
     return best
 
@@ -115,46 +103,24 @@ def _stages(inputs: int, dtype: torch.dtype, tile: tuple[int, int], limits: cuda
     return stages
 
 
-def takes(rows: int, inputs: int, outputs: int, dtype: torch.dtype, tf32: bool) -> bool:
-    """Return whether this is faster than torch's product, which may be one in TF32."""
-    most = MOST_PRODUCTS.get(dtype, 0)
-    if tf32 and dtype is torch.float32:
+def shape(x: Map) -> Shape | None:
+    """Return the launch, None where torch's product is faster."""
+    most = MOST_PRODUCTS.get(x.dtype, 0)
+    if x.tf32 and x.dtype is torch.float32:
         most = min(most, MOST_IN_TF32)
-    return rows * inputs * outputs <= most
-
-
-def shape(
-    rows: int,
-    inputs: int,
-    outputs: int,
-    weight_row: int,
-    dtype: torch.dtype,
-    alignment: int,
-    device: int,
-    settled: bool,
-) -> Shape:
-    """Return the launch; its arguments are those of `lrnnx_core.backends.cuda_linear_step`.
-
-    Args:
-        rows: of x, which is compact.
-        inputs: neighbours in x and in the weight.
-        outputs: rows of the weight.
-        weight_row: from one to the next, in elements.
-        dtype: of everything.
-        alignment: what the addresses of x and the weight leave, divided by 16.
-        device: the index of the device.
-        settled: whether no kernel in flight writes the weight.
-    """
-    _, slices, long = partition(inputs, dtype)
-    width = 16 // dtype.itemsize
-    while inputs % width or weight_row % width or alignment % (width * dtype.itemsize):
+    if x.rows * x.inputs * x.outputs > most:
+        return None
+    _, slices, long = partition(x.inputs, x.dtype)
+    width, size = 16 // x.dtype.itemsize, x.dtype.itemsize
+    while x.inputs % width or x.weight_row % width or x.alignment % (width * size):
         width //= 2
-    limits = cuda.limits(device)
-    tile = _tile(rows, inputs, outputs, dtype, limits)
-    call = kernel(dtype, tile, slices, long, _stages(inputs, dtype, tile, limits), width)
-    tiles = -(-rows // (4 * tile[0]))
-    sizes = (rows, inputs, outputs, inputs, weight_row, tiles, settled)
-    return Shape(call, tiles * -(-outputs // (8 * tile[1])), 32 * slices, call.shared, sizes)
+    limits = cuda.limits(x.device)
+    tile = _tile(x, limits)
+    call = kernel(x.dtype, tile, slices, long, _stages(x.inputs, x.dtype, tile, limits), width)
+    tiles = -(-x.rows // (4 * tile[0]))
+    blocks = tiles * -(-x.outputs // (8 * tile[1]))
+    sizes = (x.rows, x.inputs, x.outputs, x.inputs, x.weight_row, tiles, x.settled)
+    return Shape(call, blocks, cuda.WARP * slices, call.shared, sizes)
 
 
 def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # pyright: basic
-"""The scan of S4D on CUDA: shapes, strides, launches of cuda/s4d_scan.cu.
+"""The scan of S4D on CUDA: shapes, strides, launches of cuda/s4d_scan.cu and those beside it.
 
 The contract is that of `blocked_s4d`. The backward needs no kept states: it runs in reverse alone.
 """
@@ -53,13 +53,14 @@ LAYOUTS = {
     "starts": COMMON + "4P",
 }
 ENTRIES = {
-    "forward": ("s4d_scan", {"FORWARD": 1}),
-    "backward": ("s4d_scan_backward", {"BACKWARD": 1}),
-    "free": ("s4d_scan_free", {"FREE": 1}),
-    "ends": ("s4d_ends", {"ENDS": 1, "ADJOINT": "false"}),
-    "adjoint": ("s4d_ends", {"ENDS": 1, "ADJOINT": "true"}),
-    "starts": ("s4d_starts", {"STARTS": 1}),
+    "forward": "s4d_scan",
+    "backward": "s4d_scan_backward",
+    "free": "s4d_scan_free",
+    "ends": "s4d_ends",
+    "adjoint": "s4d_ends",
+    "starts": "s4d_starts",
 }
+"""Entry points, each of a source of its name."""
 THREADS_OF_STARTS = 128
 TWO_INPUTS = ("backward", "free")
 
@@ -90,7 +91,7 @@ class Choice(NamedTuple):
 @functools.cache
 def kernel(x: Choice) -> cuda.Kernel:
     """Return a kernel."""
-    entry, definitions = ENTRIES[x.step]
+    entry = ENTRIES[x.step]
     numbers: dict[str, object] = {"DTYPE": cuda.NAMES[x.dtype], "STATE": cuda.NAMES[x.state]}
     if x.step != "starts":
         held = x.per_lane * x.state.itemsize // 4  # registers of one number a state
@@ -104,10 +105,12 @@ def kernel(x: Choice) -> cuda.Kernel:
             "TOGETHER": max(4, min(16, (32 if x.step in TWO_INPUTS else 64) // x.per_lane)),
             "BLOCKS": max(1, min(8, 65536 // (cuda.WARP * WARPS * registers))),
         }
+    if entry == "s4d_ends":
+        numbers["ADJOINT"] = "true" if x.step == "adjoint" else "false"
     shared = shared_bytes(x)
     if shared:
         numbers["SHARED_BYTES"] = shared
-    return cuda.Kernel("s4d_scan.cu", entry, {**numbers, **definitions}, LAYOUTS[x.step], shared)
+    return cuda.Kernel(f"{entry}.cu", entry, numbers, LAYOUTS[x.step], shared)
 
 
 def shared_bytes(x: Choice) -> int:
