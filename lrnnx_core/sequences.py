@@ -144,6 +144,7 @@ def layout(
     for name, (value, shape) in given.items():
         if value is None:
             continue
+        check_tensor(where, name, value)
         if value.device != u.device:
             raise ValueError(f"{where}: {name} is on {value.device} and u on {u.device}")
         timed = name != "lengths"
@@ -166,6 +167,12 @@ def layout(
     # whatever stands at padding, even NaN, reaches no gradient either
     counted = torch.where(valid, integration_timesteps, torch.ones_like(integration_timesteps))
     return found._replace(timesteps=counted)
+
+
+def check_tensor(where: str, name: str, value: object) -> None:
+    """Raise unless it is a Tensor: a list, a number and a NumPy array are not."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{where}: {name} is a {type(value).__name__}, expected a Tensor")
 
 
 def _fits(shape: torch.Size, target: tuple[int, ...]) -> bool:

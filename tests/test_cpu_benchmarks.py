@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.cpu import page, timing
-from benchmarks.cpu.__main__ import NAMES
+from benchmarks.cpu.__main__ import NAMES, main
 
 DOCS = Path(__file__).parent.parent / "docs" / "benchmarks"
 
@@ -58,6 +58,16 @@ def test_a_figure_has_a_line_for_everybody(tmp_path: Path) -> None:
     report = {"machine": timing.machine(), "runs": [{"threads": 1, "curves": {"case": lines}}]}
     page.draw("s5", report, tmp_path / "cpu_s5.png")
     assert (tmp_path / "cpu_s5.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("option", ["--threads", "--rounds"])
+def test_none_of_them_is_no_number(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["benchmarks", "s5", option, "0"])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"{option} 0, expected >= 1" in capsys.readouterr().err
 
 
 def test_a_wrong_result_is_no_time() -> None:

@@ -249,6 +249,8 @@ def test_tokens_outside_the_vocabulary_are_refused(bad: int) -> None:
     assert model(ids, lengths=torch.tensor([3, 2])).y.shape == (2, 3, 4)
     for dtype in (torch.uint8, torch.int8, torch.int32):
         assert torch.equal(model(ids[:1].to(dtype)).y, model(ids[:1]).y)
+    with pytest.raises(ValueError, match=r"forward: u is a list, expected a Tensor"):
+        model([[1, 2]])
     with pytest.raises(ValueError, match=r"torch\.float32, expected tokens"):
         model(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="tokens have no statistics"):

@@ -725,6 +725,8 @@ def test_bad_tokens_and_states_are_refused() -> None:
     for dtype in (torch.float32, torch.bool, torch.int16):
         with pytest.raises(ValueError, match=f"ids of dtype {dtype}, expected int64 or int32"):
             model(ids.to(dtype))
+    with pytest.raises(ValueError, match="forward: ids is a list, expected a Tensor"):
+        model(ids.tolist())
     with pytest.raises(ValueError, match="ids on meta, and the model on cpu"):
         model(ids.to("meta"))
     with pytest.raises(ValueError, match=r"lengths \(3,\) does not fit"):

@@ -976,6 +976,7 @@ def test_scan_says_what_came_and_what_was_expected(case: Case) -> None:
     refuses(rf"{name}.scan: u \(2, 6, 2\), expected .* H = 3", scan, params, u[..., :2])
     refuses(rf"{name}.scan: u has dtype torch.complex64, expected a real", scan, params, u + 0j)
     refuses(rf"{name}.scan: u has dtype torch.int64", scan, params, u.long())
+    refuses(rf"{name}.scan: u is a ndarray, expected a Tensor", scan, params, u.numpy())
     refuses(rf"{name}.scan: u is on meta and the parameters on cpu", scan, params, u.to("meta"))
     bad = m.init_state(params, (3,))
     # a state is a tensor, or its parts are named: state.h
@@ -989,6 +990,12 @@ def test_scan_says_what_came_and_what_was_expected(case: Case) -> None:
         refuses(rf"{name}.scan: state", scan, params, u, with_continuous(state, parts))
     if isinstance(state, tuple):
         refuses(rf"{name}.scan: state is a Tensor", scan, params, u, state[0])
+    if not any(t.is_complex() for t in continuous(state)):
+        parts = [t + 0j for t in continuous(state)]
+        refuses(
+            rf"{name}.scan: state(\.\w+)? has dtype torch.complex64, expected a real one",
+            scan, params, u, with_continuous(state, parts),
+        )  # fmt: skip
     refuses(rf"{name}.scan: mode = 'fast', expected one of", scan, params, u, mode="fast")
     meta = tree_map(lambda t: t.to("meta"), state)
     refuses(rf"{name}.scan: state(\.\w+)? is on meta and", scan, params, u, meta)
@@ -996,6 +1003,7 @@ def test_scan_says_what_came_and_what_was_expected(case: Case) -> None:
         ("lengths", torch.ones(3, dtype=torch.long), r"lengths \(3,\) does not fit u \(2, 6, 3\)"),
         ("lengths", torch.ones(2), "lengths has dtype torch.float32, expected an integer"),
         ("lengths", torch.ones(2, dtype=torch.long, device="meta"), "lengths is on meta and u on"),
+        ("lengths", [6, 4], "lengths is a list, expected a Tensor"),
         ("mask", torch.ones(2, 5, dtype=torch.bool), r"mask \(2, 5\) does not fit u .*\(2, 6\)"),
         ("mask", torch.ones(2, 6), "mask has dtype torch.float32, expected bool"),
         ("reset", torch.ones(3, 6, dtype=torch.bool), r"reset \(3, 6\) does not fit u"),
@@ -1067,6 +1075,11 @@ def test_step_says_what_came_and_what_was_expected(case: Case) -> None:
     )
     refuses(rf"{name}.step: u \(\), expected", m.step, params, torch.tensor(1.0), state)
     refuses(rf"{name}.step: u has dtype torch.complex64", m.step, params, u + 0j, state)
+    if case.timed:
+        refuses(
+            rf"{name}.step: integration_timestep is a float, expected a Tensor",
+            m.step, params, u, state, integration_timestep=0.5,
+        )  # fmt: skip
     bad = row(state, 0)
     refuses(rf"{name}.step: state(\.\w+)? .*expected \(2, ", m.step, params, u, bad)
     refuses(rf"{name}.step: u is on meta", m.step, params, u.to("meta"), state)

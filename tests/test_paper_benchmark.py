@@ -80,3 +80,15 @@ def test_a_second_run_keeps_the_cells_of_the_first(tmp_path: Path) -> None:
     file.write_text(json.dumps({**about, "cells": [{"model": "S5"}]}))
     assert paper.kept(file, about) == [{"model": "S5"}]
     assert paper.kept(file, {**about, "device": "y"}) == []
+
+
+def test_figures_of_another_device_are_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "paper.json").write_text(json.dumps({"device": "x", "cells": []}))
+    monkeypatch.setattr("sys.argv", ["paper", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        paper.main()
+    assert "holds figures of x, name another --folder" in capsys.readouterr().err
+    (tmp_path / "paper.json").write_text(json.dumps({"device": paper.device_name()}))
+    assert paper.measured_elsewhere(tmp_path / "paper.json") is None

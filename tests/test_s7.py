@@ -706,9 +706,27 @@ def test_bad_input_is_named(variant: str) -> None:
     refuses(r"s7.step: u \(2, 4\), expected .* H = 3", s7.step, params, torch.randn(2, 4), state,
             variant=variant)  # fmt: skip
     refuses("s7.step: state .*expected", s7.step, params, u[:, 0], state[0], variant=variant)
+    if variant == "full":
+        refuses("s7.scan: state has dtype .*, expected a real one", scan, params, u, state + 0j)
+        refuses("s7.step: state has dtype .*, expected a real one",
+                s7.step, params, u[:, 0], state + 0j, variant=variant)  # fmt: skip
     for bad in (0, -1, 2.0, True):
         refuses(f"s7.init: d_model = {bad}, expected an integer >= 1", s7.init, bad, 8)
         refuses(f"s7.init: d_state = {bad}, expected", s7.init, 3, bad, variant=variant)
+
+
+def test_trilinear_names_what_does_not_fit() -> None:
+    w, p, q = torch.randn(2, 3, 4), torch.randn(5, 3), torch.randn(5, 4)
+    said = r"trilinear: w \(2, 3, 4\), p \(5, 4\) and q \(5, 4\), expected \(I, J, K\), .*"
+    refuses(said, trilinear, w, q, q)
+    refuses("trilinear: dtypes torch.float32, torch.float64, .*", trilinear, w, p.double(), q)
+    for dtype in (torch.complex64, torch.int64):
+        refuses(
+            f"dtypes {dtype}, .* real and floating", trilinear, *(t.to(dtype) for t in (w, p, q))
+        )
+    refuses("trilinear: w, p, q on cpu, meta, cpu", trilinear, w, p.to("meta"), q)
+    for bad in (0, 2.5, "all"):
+        refuses(f"trilinear: chunk_size = {bad!r}, expected", trilinear, w, p, q, chunk_size=bad)
 
 
 def test_delta_sizes_and_choices_are_checked() -> None:

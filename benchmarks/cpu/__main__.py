@@ -43,6 +43,9 @@ def main() -> int:
     unknown = sorted(set(arguments.names) - set(NAMES))
     if unknown:
         options.error(f"no benchmark {unknown[0]!r}, expected some of {', '.join(NAMES)}")
+    for option, least in (("threads", min(arguments.threads)), ("rounds", arguments.rounds)):
+        if least < 1:
+            options.error(f"--{option} {least}, expected >= 1")
     if arguments.here:
         one(arguments.names[0], arguments.threads[0], arguments)
         return 0

@@ -11,7 +11,7 @@ the repeats (fewer runs where a cell takes long; the file says how many). The ho
 
 Cells measured on the same kind of device are kept from an earlier run of a part. With ``--jobs``
 so many processes fill the caches of the compilers first (torch.compile, XLA), then the cells are
-timed one after another in this one.
+timed one after another in this one. Figures of another device are never overwritten.
 """
 
 from __future__ import annotations
@@ -68,6 +68,10 @@ def main() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/jax_cache")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     file = arguments.folder / "paper.json"
+    if not arguments.render and not arguments.tiny:
+        other = measured_elsewhere(file)
+        if other is not None:
+            parser.error(f"{file} holds figures of {other}, name another --folder for these")
     if not arguments.render:
         if arguments.jobs > 1:
             compile_ahead(arguments)
@@ -97,6 +101,17 @@ def sizes_of(sweeps: Iterable[str], tiny: bool) -> list[Size]:
     return list(dict.fromkeys(size for name in sweeps for size in table[name]))
 
 
+def device_name() -> str:
+    """Return what is measured here."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def measured_elsewhere(file: Path) -> str | None:
+    """Return the device whose cells a file holds, if it is another one than this."""
+    found = read_json(file)["device"] if file.is_file() else device_name()
+    return None if found == device_name() else str(found)
+
+
 def kept(file: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the cells of an earlier run on the same device with the same software."""
     if not file.is_file():
@@ -114,7 +129,7 @@ def sweep(arguments: argparse.Namespace, file: Path | None = None) -> dict[str, 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     protocol = Protocol(1, 1, 1, 0.1) if arguments.tiny else Protocol(seconds=arguments.seconds)
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": device_name(),
         "torch": torch.__version__,
         "d_state": D_STATE,
         "base": BASE._asdict(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.backends.transforms import full_precision
-from lrnnx_core.sequences import Layout
+from lrnnx_core.sequences import Layout, check_tensor
 from lrnnx_core.types import Discrete, Mode, Number, Params
 
 Made = TypeVar("Made")
@@ -53,6 +53,7 @@ def check_choice(where: str, name: str, value: object, allowed: Iterable[object]
 
 def check_input(where: str, u: Tensor, width: int, like: Tensor, *, rank: int, shape: str) -> None:
     """Raise unless u is a real floating tensor of ``rank`` or more axes, ``width`` channels."""
+    check_tensor(where, "u", u)
     if u.ndim < rank or u.shape[-1] != width:
         raise ValueError(f"{where}: u {tuple(u.shape)}, expected {shape} with H = {width}")
     if not u.is_floating_point():
@@ -61,15 +62,30 @@ def check_input(where: str, u: Tensor, width: int, like: Tensor, *, rank: int, s
         raise ValueError(f"{where}: u is on {u.device} and the parameters on {like.device}")
 
 
-def check_state(where: str, state: Tensor, batch: torch.Size, shape: torch.Size, u: Tensor) -> None:
-    """Raise unless the state is (*batch, *shape), on the device of u."""
-    if not isinstance(state, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"{where}: state is a {type(state).__name__}, expected a Tensor")
+def check_state(
+    where: str,
+    state: Tensor,
+    batch: torch.Size,
+    shape: torch.Size,
+    u: Tensor,
+    *,
+    real: bool = False,
+) -> None:
+    """Raise unless the state is (*batch, *shape), on the device of u, and real if that is asked."""
+    check_tensor(where, "state", state)
+    if real:
+        check_real(where, "state", state)
     if state.shape != batch + shape:
         raise ValueError(
             f"{where}: state {tuple(state.shape)}, expected {tuple(batch + shape)} for this input"
         )
     check_device(where, "state", state, u)
+
+
+def check_real(where: str, name: str, value: Tensor) -> None:
+    """Raise for a complex tensor where all are real: the state of another model."""
+    if value.is_complex():
+        raise ValueError(f"{where}: {name} has dtype {value.dtype}, expected a real one")
 
 
 def check_device(where: str, name: str, value: Tensor, u: Tensor) -> None:
@@ -101,6 +117,7 @@ def check_timestep(where: str, timestep: Tensor | None, u_t: Tensor) -> None:
     """Raise unless integration_timestep is floating and broadcasts to the batch of u_t (..., H)."""
     if timestep is None:
         return
+    check_tensor(where, "integration_timestep", timestep)
     batch = u_t.shape[:-1]
     fits = timestep.ndim <= len(batch) and all(
         have in (1, want)

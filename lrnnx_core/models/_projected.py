@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lrnnx_core import initialize
 from lrnnx_core.backends.transforms import autocasting
-from lrnnx_core.models._common import check_device, check_whole
+from lrnnx_core.models._common import check_device, check_real, check_whole
 from lrnnx_core.sequences import Compaction, Layout
 from lrnnx_core.types import Number, Params
 
@@ -159,4 +159,5 @@ def check_parts(
             raise ValueError(
                 f"{where}: state.{name} {tuple(part.shape)}, expected {shape} for this input"
             )
+        check_real(where, f"state.{name}", part)
         check_device(where, f"state.{name}", part, like)

@@ -141,7 +141,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Run the model on u (..., L, H) whose padding, if any, is zero."""
     if state is not None:
-        check_state(where, state, u.shape[:-2], params["base"].shape, u)
+        check_state(where, state, u.shape[:-2], params["base"].shape, u, real=True)
     v = linear(params, "in_proj", u)
     y, last = inner(
         where, params, v, state, layout, chunk_size=chunk_size, recurrent=recurrent,
@@ -176,7 +176,7 @@ def inner(
 
 def step(where: str, params: Params, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Take one step between in_proj and the gate: v (..., H); return y, at least float32."""
-    check_state(where, state, v.shape[:-1], params["base"].shape, v)
+    check_state(where, state, v.shape[:-1], params["base"].shape, v, real=True)
     with full_precision(v.device):
         base = params["base"].to(compute_dtype(params, v, state))
         return s7_step(v, state, params["x_proj.weight"], base)

@@ -22,6 +22,7 @@ from lrnnx_core.models._common import (
     check_input,
     check_kernel,
     check_lti_run,
+    check_real,
     check_state,
     check_steady,
     compute_dtype,
@@ -144,7 +145,9 @@ def step(
     """Take one step: u_t (..., H), state (..., H, M); return y_t (..., [Ch] H) and a new state."""
     D = params["D"]
     check_input(where, u_t, D.shape[-1], D, rank=1, shape="(..., H)")
-    check_state(where, state, u_t.shape[:-1], state_shape(params), u_t)
+    check_state(
+        where, state, u_t.shape[:-1], state_shape(params), u_t, real="C_im" not in params
+    )  # fmt: skip
     with full_precision(u_t.device):
         r = recurrence(compute_dtype(params, u_t, state), None)
         C_im = params.get("C_im")
@@ -355,5 +358,7 @@ def _check(
     at_least: int,
 ) -> None:
     check_lti_run(where, params, u, state, state_shape(params), layout, mode, bidirectional, kernel)
+    if state is not None and "C_im" not in params:
+        check_real(where, "state", state)
     D = params["D"]
     check_kernel(where, kernel, (2,) * bidirectional + D.shape[:-1], at_least, D.shape[-1:])

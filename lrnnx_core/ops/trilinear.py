@@ -52,21 +52,25 @@ def trilinear(
         (..., I).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown backend, chunk_size < 1.
+        ValueError: shapes, dtypes or devices that do not fit, an unknown backend, chunk_size < 1.
     """
     if backend not in ("auto", "reference"):
         raise ValueError(f"trilinear: backend {backend!r}, expected 'auto' or 'reference'")
     if chunk_size is None:
         chunk_size = _chunk_size(w)
-    if chunk_size < 1:
-        raise ValueError(f"trilinear: chunk_size = {chunk_size}, expected an integer >= 1")
+    if not isinstance(chunk_size, int) or chunk_size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"trilinear: chunk_size = {chunk_size!r}, expected an integer >= 1")
     if w.ndim != 3 or p.shape[-1:] != w.shape[1:2] or q.shape[-1:] != w.shape[2:]:
         raise ValueError(
             f"trilinear: w {tuple(w.shape)}, p {tuple(p.shape)} and q {tuple(q.shape)}, expected "
             "(I, J, K), (..., J) and (..., K)"
         )
-    if not w.dtype == p.dtype == q.dtype:
-        raise ValueError(f"trilinear: dtypes {w.dtype}, {p.dtype}, {q.dtype}, expected one")
+    if not w.dtype == p.dtype == q.dtype or not w.is_floating_point():
+        raise ValueError(
+            f"trilinear: dtypes {w.dtype}, {p.dtype}, {q.dtype}, expected one, real and floating"
+        )
+    if not w.device == p.device == q.device:
+        raise ValueError(f"trilinear: w, p, q on {w.device}, {p.device}, {q.device}, expected one")
     if backend == "reference":
         return _plain(w, p, q)
     batch = torch.broadcast_shapes(p.shape[:-1], q.shape[:-1])

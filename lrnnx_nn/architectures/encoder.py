@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lrnnx_core.backends.transforms import transform_active
-from lrnnx_core.sequences import layout
+from lrnnx_core.sequences import check_tensor, layout
 from lrnnx_nn.architectures.stages import EVENT_POOLINGS, EncoderOptions, Stage
 from lrnnx_nn.blocks import Block
 from lrnnx_nn.event_stage import EventPoolingBlock
@@ -178,6 +178,7 @@ class StagedNetwork(nn.Module):
     def _embed(self, where: str, u: Tensor, **sequence: Tensor | None) -> Grouped:
         """Return the input as (..., L, H) of the first stage, blind to what stands at padding."""
         where, tokens = f"{type(self).__name__}.{where}", self._n_tokens
+        check_tensor(where, "u", u)
         if tokens is not None:
             if u.ndim < 1 or u.is_floating_point() or u.is_complex() or u.dtype == torch.bool:
                 raise ValueError(

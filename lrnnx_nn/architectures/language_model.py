@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lrnnx_core.backends.transforms import autocasting
-from lrnnx_core.sequences import Layout, layout
+from lrnnx_core.sequences import Layout, check_tensor, layout
 from lrnnx_nn import counts
 from lrnnx_nn.architectures import checkpoint
 from lrnnx_nn.architectures._tokens import check_range, last_valid, positions
@@ -347,6 +347,7 @@ class LRNNLMHeadModel(nn.Module):
 
     def _check_ids(self, where: str, ids: Tensor, rank: int) -> None:
         where = f"LRNNLMHeadModel.{where}"
+        check_tensor(where, "ids", ids)
         if ids.ndim < rank:
             raise ValueError(f"{where}: ids {tuple(ids.shape)}, expected (..., L)")
         if ids.dtype not in (torch.int64, torch.int32):

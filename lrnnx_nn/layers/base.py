@@ -374,9 +374,9 @@ class Layer(nn.Module):
             return
         if u.device.type != "cpu" or transform_active():
             return
-        if timesteps is not None and timesteps.device.type == "cpu":
+        if isinstance(timesteps, Tensor) and timesteps.device.type == "cpu":
             checks.integration_timesteps(timesteps)
-        if lengths is not None and lengths.device.type == "cpu" and u.ndim >= 2:
+        if isinstance(lengths, Tensor) and lengths.device.type == "cpu" and u.ndim >= 2:
             checks.lengths(lengths, u.shape[-2])
 
     def _check_scale(self, dt_scale: float | Tensor) -> None:
