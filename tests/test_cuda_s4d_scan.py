@@ -1,4 +1,4 @@
-"""The CUDA kernels of S4D's scan.
+"""The CUDA kernels of S4D's scan; what holds in both forms, step by step and in chunks, in both.
 
 Run with ``pytest -m cuda tests/test_cuda_s4d_scan.py`` on a machine that has a GPU and CuPy. The
 operator's cases under PyTorch's transforms run on a GPU in ``test_cuda.py``.
@@ -17,13 +17,18 @@ import torch
 from torch import Tensor
 
 from lrnnx_core import ops
-from lrnnx_core.backends import blocked_s4d, cuda, cuda_s4d
+from lrnnx_core.backends import blocked_s4d, cuda, cuda_s4d, cuda_s4d_chunks
 from lrnnx_core.backends.reference import state_dtype
 from lrnnx_core.models import s4d
 
 pytestmark = pytest.mark.cuda
 DTYPES = cuda_s4d.DTYPES
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+EVERY_FORM = pytest.mark.parametrize(
+    ("dtype", "chunks"),
+    [(d, False) for d in DTYPES] + [(d, True) for d in cuda_s4d_chunks.DTYPES],
+    indirect=["chunks"], ids=str,
+)  # fmt: skip
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -38,6 +43,28 @@ def new_tensors_are_on_the_gpu() -> Iterator[None]:
 def choices_are_made_anew() -> Iterator[None]:
     yield
     cuda_s4d.launch.cache_clear()
+    cuda_s4d.segments.cache_clear()
+
+
+def everything_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the form on tensor cores take short sequences and small batches too."""
+    monkeypatch.setattr(cuda_s4d_chunks, "SHORTEST", 1)
+    monkeypatch.setattr(cuda_s4d_chunks, "FILLED", 0)
+
+
+@pytest.fixture(params=[False, True], ids=str)
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether everything runs in chunks on tensor cores: where that is possible, without reset."""
+    if request.param:
+        everything_in_chunks(monkeypatch)
+    return request.param
+
+
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut time into segments from 256 steps on."""
+    monkeypatch.setattr(cuda_s4d, "LONG", 256)
+    monkeypatch.setattr(cuda_s4d, "LONG_IF_NARROW", 256)
+    monkeypatch.setattr(cuda_s4d, "SHORTEST", 64)
     cuda_s4d.segments.cache_clear()
 
 
@@ -162,12 +189,13 @@ def test_error_is_at_most_twice_that_of_pytorch(dtype: torch.dtype, real: bool) 
         check(x, (length, states, lengths, reset))
 
 
-@EVERY_DTYPE
-def test_lengths_and_numbers_of_states(dtype: torch.dtype) -> None:
+@EVERY_FORM
+def test_lengths_and_numbers_of_states(dtype: torch.dtype, chunks: bool) -> None:
     for length in (1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 127, 128, 129, 1000):
         check(problem(2, length, 5, states=4, dtype=dtype), length)
-    for states in (1, 2, 3, 4, 6, 8, 11, 16, 24, 33, 100, 128, 256):
-        check(problem(2, 40, 7, states=states, dtype=dtype, reset=0.05), states)
+    many, reset = ((32, 64), 0.0) if chunks else ((100, 128, 256), 0.05)
+    for states in (1, 2, 3, 4, 6, 8, 11, 16, 24, 33, *many):
+        check(problem(2, 40, 7, states=states, dtype=dtype, reset=reset), states)
 
 
 def test_nothing_to_do() -> None:
@@ -208,19 +236,16 @@ def test_every_way_to_lay_states_on_lanes_gives_the_same_bits(
 @EVERY_DTYPE
 @pytest.mark.parametrize("real", [False, True])
 def test_segments(dtype: torch.dtype, real: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_s4d, "LONG", 256)
-    monkeypatch.setattr(cuda_s4d, "LONG_IF_NARROW", 256)
-    monkeypatch.setattr(cuda_s4d, "SHORTEST", 64)
+    short_segments(monkeypatch)
     for length, lengths, reset in itertools.product((1100, 2048), (False, True), (0.0, 0.002)):
         x = problem(3, length, 5, states=8, dtype=dtype, real=real, lengths=lengths, reset=reset)
-        cuda_s4d.segments.cache_clear()
         assert cuda_s4d.segments(cuda_s4d._inputs(x[:1], *x[1:3], *x[4:])[1])[1] > 8
         check(x, (length, lengths, reset))
 
 
-def test_twenty_runs_give_the_same_bits() -> None:
+def test_twenty_runs_give_the_same_bits(chunks: bool) -> None:
     """With other work on the chip, and in segments."""
-    for x in (problem(8, 3000, 96), problem(1, 40_000, 24, reset=1e-3)):
+    for x in (problem(8, 3000, 96), problem(1, 40_000, 24, reset=0.0 if chunks else 1e-3)):
         first, noise = ours(x), torch.randn(1024, 1024)
         side = torch.cuda.Stream()
         for i in range(10):
@@ -230,9 +255,9 @@ def test_twenty_runs_give_the_same_bits() -> None:
             assert same(first, ours(x))
 
 
-@EVERY_DTYPE
-def test_slices_strides_of_zero_and_misaligned_storage(dtype: torch.dtype) -> None:
-    u, *rest = problem(3, 200, 16, dtype=dtype, reset=0.01)
+@EVERY_FORM
+def test_slices_strides_of_zero_and_misaligned_storage(dtype: torch.dtype, chunks: bool) -> None:
+    u, *rest = problem(3, 200, 16, dtype=dtype, reset=0.0 if chunks else 0.01)
     x: Inputs = (u, *rest)
     want = ours(x)
     together = torch.cat([u, u + 1, u], -1)  # as a projection gives them
@@ -241,8 +266,9 @@ def test_slices_strides_of_zero_and_misaligned_storage(dtype: torch.dtype) -> No
     for moved in (*together.chunk(3, -1)[::2], *shifted, permuted):
         assert same(ours((moved, *rest)), want)
     flags = rest[-1]
-    assert flags is not None
-    assert same(ours((u, *rest[:-1], flags.mT.contiguous().mT)), want)
+    assert (flags is None) == chunks
+    if flags is not None:
+        assert same(ours((u, *rest[:-1], flags.mT.contiguous().mT)), want)
     g, g_last = torch.ones((), dtype=dtype), torch.zeros((), dtype=want[1].dtype)
     spread = (g.expand(u.shape), g_last.expand(want[1].shape))
     assert same(run(cuda_s4d, x, spread), run(cuda_s4d, x, tuple(t.contiguous() for t in spread)))
@@ -255,16 +281,21 @@ def test_batch_dimensions_that_do_not_merge_are_copied() -> None:
     assert same(ours((moved[0], a, v, D, *moved[1:])), want)
 
 
+@pytest.mark.usefixtures("chunks")
 def test_parameters_with_axes_of_a_vmap() -> None:
     check(problem(3, 2, 50, 6, shared=(3,)))
     check(problem(3, 2, 4, 50, 6, shared=(3, 2), lengths=True))
+    check(problem(2, 11, 50, 6, shared=(2,)))
 
 
-def test_a_rows_result_does_not_depend_on_the_batch() -> None:
+def test_a_rows_result_does_not_depend_on_the_batch(chunks: bool) -> None:
+    rate = 0.0 if chunks else 0.01
     for dtype, length in ((torch.float32, 777), (torch.bfloat16, 777), (torch.float32, 33_000)):
-        u, a, v, D, lengths, reset = problem(40, length, 34, dtype=dtype, reset=0.01, lengths=True)
+        u, a, v, D, lengths, reset = problem(40, length, 34, dtype=dtype, reset=rate, lengths=True)
+        assert lengths is not None
         y, last, *_ = cuda_s4d.s4d_scan(u, a, v, D, lengths, reset, False)
-        alone = cuda_s4d.s4d_scan(u[7:8], a, v, D, lengths[7:8], reset[7:8], False)
+        own = None if reset is None else reset[7:8]
+        alone = cuda_s4d.s4d_scan(u[7:8], a, v, D, lengths[7:8], own, False)
         assert torch.equal(alone[0], y[7:8])
         assert torch.equal(alone[1], last[7:8])
 
@@ -285,8 +316,8 @@ def test_states_that_are_kept() -> None:
     assert same(run(cuda_s4d, x, cotangents(x), keep=True), want)
 
 
-def test_what_lies_beyond_the_lengths_is_not_read() -> None:
-    u, a, v, D, _, reset = problem(4, 100, 6, reset=0.02)
+def test_what_lies_beyond_the_lengths_is_not_read(chunks: bool) -> None:
+    u, a, v, D, _, reset = problem(4, 100, 6, reset=0.0 if chunks else 0.02)
     lengths = torch.tensor([0, 1, 50, 100])
     want = ours((u, a, v, D, lengths, reset))
     beyond = torch.arange(100) >= lengths.unsqueeze(-1)
@@ -296,6 +327,7 @@ def test_what_lies_beyond_the_lengths_is_not_read() -> None:
         assert not t[beyond].any()
 
 
+@pytest.mark.usefixtures("chunks")
 def test_a_gradient_of_the_last_state_alone() -> None:
     x = problem(3, 150, 9, lengths=True)
     g, g_last = cotangents(x)
@@ -406,17 +438,9 @@ def test_more_than_two_to_the_31_elements() -> None:
     torch.testing.assert_close(da, torch.full_like(da, 4.0 * length), rtol=1e-4, atol=0)
 
 
-@EVERY_DTYPE
-@pytest.mark.parametrize("segmented", [False, True], ids=["whole", "segments"])
-def test_reverse_is_the_flipped_sequence_to_the_bit(
-    dtype: torch.dtype, segmented: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if segmented:
-        monkeypatch.setattr(cuda_s4d, "LONG", 256)
-        monkeypatch.setattr(cuda_s4d, "LONG_IF_NARROW", 256)
-        monkeypatch.setattr(cuda_s4d, "SHORTEST", 64)
-        cuda_s4d.segments.cache_clear()
-    for channels, reset in ((5, 0.0), (16, 0.01)):
+def check_reverse(dtype: torch.dtype, resets: tuple[float, float]) -> None:
+    """Compare a run against time with that of the flipped sequence: the same bits."""
+    for channels, reset in zip((5, 16), resets, strict=True):
         x = problem(3, 1101, channels, states=8, dtype=dtype, reset=reset)
         u, a, v, D, _, flags = x
         g, g_last = cotangents(x)
@@ -427,6 +451,19 @@ def test_reverse_is_the_flipped_sequence_to_the_bit(
         turned = (u.flip(1), a, v, D, None, None if flags is None else flags.flip(1))
         want = run(cuda_s4d, turned, (g.flip(1), g_last))
         assert same((y.flip(1), last, du.flip(1), *more), want)
+
+
+@EVERY_FORM
+def test_reverse_is_the_flipped_sequence_to_the_bit(dtype: torch.dtype, chunks: bool) -> None:
+    check_reverse(dtype, (0.0, 0.0 if chunks else 0.01))
+
+
+@EVERY_DTYPE
+def test_reverse_in_segments_is_the_flipped_sequence_to_the_bit(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_segments(monkeypatch)
+    check_reverse(dtype, (0.0, 0.01))
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
