@@ -32,6 +32,48 @@ from lrnnx_core.backends.transforms import full_precision
 LEAST_ROOT = 5e-4  # where 1 / (2 m) is the largest slope, 1000
 
 
+class Arguments(NamedTuple):
+    """The arguments of the leaf operator, in its order."""
+
+    x: Tensor
+    input_gate: Tensor
+    recurrent_gate: Tensor
+    rate: Tensor
+    input_bias: Tensor | None
+    recurrent_bias: Tensor | None
+    h0: Tensor | None
+    timesteps: Tensor | None
+    reset: Tensor | None
+    mask: Tensor | None
+    state_only: bool
+    start_rule: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+        """All but the choices."""
+        return self[:-2]
+
+    @property
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The input and both gates."""
+        return self[:3]
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The rate and both biases: one number a channel."""
+        return self[3:6]
+
+    @property
+    def steps(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Timesteps, reset and mask: one number a step."""
+        return self[7:10]
+
+    @property
+    def choices(self) -> tuple[bool, bool]:
+        """``state_only`` and ``start_rule``."""
+        return self[-2:]
+
+
 class Gradients(NamedTuple):
     """What the backward leaf returns; None where the input was None."""
 
@@ -56,126 +98,88 @@ class _Terms(NamedTuple):
     m: Tensor  # the multiplier, starts of documents left out
 
 
-def rg_lru_scan(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrent_gate: Tensor,
-    rate: Tensor,
-    input_bias: Tensor | None,
-    recurrent_bias: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    start_rule: bool,
-) -> tuple[Tensor, Tensor]:
+def rg_lru_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Leaf: all states h (*batch, L, W) and the last one (*batch, W)."""
-    t = _terms(
-        input_gate, recurrent_gate, rate, input_bias, recurrent_bias, timesteps, mask, state_only
-    )
+    p = Arguments(*arguments)
+    t = _terms(p)
     b = t.m
-    if start_rule:
-        _fill_starts(b, 1, h0, reset)
-    b.mul_(t.i).mul_(x)
-    if mask is not None:
-        b.masked_fill_(~mask.unsqueeze(-1), 0)
-    h, last = torch.ops.lrnnx_core.linear_scan.default(t.a, b, h0, reset, False)
-    return h.to(x.dtype), last
+    if p.start_rule:
+        _fill_starts(b, 1, p)
+    b.mul_(t.i).mul_(p.x)
+    if p.mask is not None:
+        b.masked_fill_(~p.mask.unsqueeze(-1), 0)
+    h, last = torch.ops.lrnnx_core.linear_scan.default(t.a, b, p.h0, p.reset, False)
+    return h.to(p.x.dtype), last
 
 
 def rg_lru_scan_backward(
-    h: Tensor,
-    grad_h: Tensor,
-    grad_last: Tensor,
-    x: Tensor,
-    input_gate: Tensor,
-    recurrent_gate: Tensor,
-    rate: Tensor,
-    input_bias: Tensor | None,
-    recurrent_bias: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    start_rule: bool,
+    h: Tensor, grad_h: Tensor, grad_last: Tensor, *arguments: Any
 ) -> Gradients:
     """Leaf: the gradients of `rg_lru_scan`."""
-    wide = state_dtype(x.dtype)
-    t = _terms(
-        input_gate, recurrent_gate, rate, input_bias, recurrent_bias, timesteps, mask, state_only
-    )
+    p = Arguments(*arguments)
+    x, wide = p.x, state_dtype(p.x.dtype)
+    t = _terms(p)
     da, lam, dh0 = torch.ops.lrnnx_core.linear_scan_backward.default(
-        t.a, h.to(wide), h0, reset, grad_h.to(wide), grad_last, False
+        t.a, h.to(wide), p.h0, p.reset, grad_h.to(wide), grad_last, False
     )
-    if mask is not None:
-        padding = ~mask.unsqueeze(-1)
+    if p.mask is not None:
+        padding = ~p.mask.unsqueeze(-1)
         lam.masked_fill_(padding, 0)
         da.masked_fill_(padding, 0)
     minus_slope = torch.exp(2 * t.gain).div_(t.m.clamp(min=LEAST_ROOT))
-    if start_rule:
-        _fill_starts(minus_slope, 0, h0, reset)
-        _fill_starts(t.m, 1, h0, reset)
+    if p.start_rule:
+        _fill_starts(minus_slope, 0, p)
+        _fill_starts(t.m, 1, p)
     moved = (lam * x).mul_(t.i)
     dlog = minus_slope.mul_(moved).neg_()
     di = moved.mul_(t.m).mul_(1 - t.i)
     dx = lam.mul_(t.m).mul_(t.i)
     dtimed = da.mul_(t.a)
     dtau = None
-    if timesteps is None:
+    if p.timesteps is None:
         dlog.add_(dtimed)
     else:
-        tau = timesteps.unsqueeze(-1)
-        through = dtimed if state_only else dtimed.add_(dlog)
+        tau = p.timesteps.unsqueeze(-1)
+        through = dtimed if p.state_only else dtimed.add_(dlog)
         dtau = (through * t.log_a).sum(-1)
-        dlog = dlog.addcmul_(through, tau) if state_only else through.mul_(tau)
-    drate = -_over_rows(dlog * t.r, rate)
-    dr = dlog.mul_(-_beside(rate, x)).mul_(t.r).mul_(1 - t.r)
+        dlog = dlog.addcmul_(through, tau) if p.state_only else through.mul_(tau)
+    drate = -_over_rows(dlog * t.r, p.rate)
+    dr = dlog.mul_(-_beside(p.rate, x)).mul_(t.r).mul_(1 - t.r)
     return Gradients(
         dx.to(x.dtype),
         di.to(x.dtype),
         dr.to(x.dtype),
         drate,
-        None if input_bias is None else _over_rows(di, input_bias),
-        None if recurrent_bias is None else _over_rows(dr, recurrent_bias),
+        None if p.input_bias is None else _over_rows(di, p.input_bias),
+        None if p.recurrent_bias is None else _over_rows(dr, p.recurrent_bias),
         dh0,
         dtau,
     )
 
 
-def gradients(h: Tensor, grad_h: Tensor, grad_last: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def gradients(h: Tensor, grad_h: Tensor, grad_last: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Leaf: `rg_lru_scan_backward` with an empty tensor in the place of None."""
     with full_precision(h.device):  # a backward pass may be run inside of an autocast region
-        found = rg_lru_scan_backward(h, grad_h, grad_last, *rest)
+        found = rg_lru_scan_backward(h, grad_h, grad_last, *arguments)
     return tuple(grad_last.new_empty(0) if g is None else g for g in found)
 
 
-def _terms(
-    input_gate: Tensor,
-    recurrent_gate: Tensor,
-    rate: Tensor,
-    input_bias: Tensor | None,
-    recurrent_bias: Tensor | None,
-    timesteps: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-) -> _Terms:
-    i, r = _gate(input_gate, input_bias), _gate(recurrent_gate, recurrent_bias)
-    log_a = r * -_beside(rate, r)
-    timed = log_a if timesteps is None else log_a * timesteps.unsqueeze(-1)
-    gain = log_a if state_only else timed
+def _terms(p: Arguments) -> _Terms:
+    i, r = _gate(p.input_gate, p.input_bias), _gate(p.recurrent_gate, p.recurrent_bias)
+    log_a = r * -_beside(p.rate, r)
+    timed = log_a if p.timesteps is None else log_a * p.timesteps.unsqueeze(-1)
+    gain = log_a if p.state_only else timed
     a = torch.exp(timed)
-    if mask is not None:
-        a.masked_fill_(~mask.unsqueeze(-1), 1)
+    if p.mask is not None:
+        a.masked_fill_(~p.mask.unsqueeze(-1), 1)
     return _Terms(i, r, log_a, a, gain, torch.expm1(2 * gain).neg_().sqrt_())
 
 
-def _fill_starts(t: Tensor, value: float, h0: Tensor | None, reset: Tensor | None) -> None:
+def _fill_starts(t: Tensor, value: float, p: Arguments) -> None:
     """Write ``value`` to t (*batch, L, W) where documents start."""
-    if reset is not None:
-        t.masked_fill_(reset.unsqueeze(-1), value)
-    if h0 is None and t.shape[-2]:
+    if p.reset is not None:
+        t.masked_fill_(p.reset.unsqueeze(-1), value)
+    if p.h0 is None and t.shape[-2]:
         t.select(-2, 0).fill_(value)
 
 

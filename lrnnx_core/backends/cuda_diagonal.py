@@ -18,8 +18,11 @@ from lrnnx_core.backends.cuda_tiles import (
     INITIAL,
     SIZE,
     STRIDED,
+    Layout,
     Plan,
     Strides,
+    beside,
+    fields,
 )
 
 WARPS = 4  # of a block, at most
@@ -44,7 +47,6 @@ PLANS = {  # with the steps of a warp where the decay varies in time
 }
 LONGER = 2  # times as many where it does not and shared memory holds little else
 UNSCALED = ("none", "dirac")  # schemes without the step in the gain
-ABSENT, NO_SEQUENCE = (0,) * 4, (0,) * 5
 
 
 class Choice(NamedTuple):
@@ -178,12 +180,8 @@ class Shape(NamedTuple):
         kernel: what is launched.
         grid: its size.
         shared: dynamic shared memory.
-        halves: strides (outer, inner, time, row) of x (and h, grad_h), and elements from the real
-            to the imaginary parts.
-        dt: strides, None where absent.
-        rows: strides (outer, inner, row) of what has one number a row, None where absent.
-        steps: strides (outer, inner, time) of what has one number a step, None where absent.
-        offsets: in bytes, to the first step in the order of running: of halves, dt, and steps.
+        layout: of the arguments. Its sequences are x (and h, grad_h), with the elements from the
+            real to the imaginary parts behind their strides, then dt.
         pieces: groups of rows that one batch element's channels lie in, at most.
         direction: 1 where time rises as the kernel goes, -1 where it falls.
         sizes: the last fields of the arguments.
@@ -192,11 +190,7 @@ class Shape(NamedTuple):
     kernel: cuda.Kernel
     grid: cuda_tiles.Grid
     shared: int
-    halves: tuple[Strides, ...]
-    dt: Strides | None
-    rows: tuple[Strides | None, ...]
-    steps: tuple[Strides | None, ...]
-    offsets: tuple[int, ...]
+    layout: Layout
     pieces: int
     direction: int
     sizes: tuple[int, ...]
@@ -220,17 +214,16 @@ def _shape(
     reverse: bool,
     device: int,
 ) -> Shape | None:
-    """Return the launch, None where it takes copies; arguments as in `Shape`, whole strides."""
+    """Return the launch, None where it takes copies; strides as in `Layout`, whole ones."""
     *batch, length, width = shape
-    channels, axes = width // 2, len(batch)
+    channels = width // 2
     plan, size = plan_of(step, choice), choice.dtype.itemsize
     real = plan.state.itemsize // 2
-    present = [s for s in (*halves, dt, *rows, *steps) if s is not None]
-    merged = cuda.merge_batch(batch, present)
-    if merged is None or alignment[0] % size or alignment[1] % real:
+    falling = reverse != (step == "backward")
+    sizes = (*(size,) * len(halves), real, real, 1, 1)  # dt, timesteps, reset, mask
+    layout = cuda_tiles.lay_out(batch, length, (*halves, dt), rows, steps, sizes, falling)
+    if layout is None or alignment[0] % size or alignment[1] % real:
         return None
-    inner, found = merged
-    outers = iter(found)
     of_rows = torch.Size((*batch, length, channels))
     bits, _ = cuda_tiles.access(of_rows, halves, alignment[0], size, 0)
     wide = bits & 1 | (bits >> 1 & 1) << 2 | (bits >> 2 & 1) << 3
@@ -240,25 +233,17 @@ def _shape(
     timed = steps[0] is not None
     warps, shared, static = _tile(step, choice, timed, limits.shared_per_block)
     grid = cuda_tiles.grid(limits, plan, of_rows, 1, warps, shared + static)
-    falling = reverse != (step == "backward")
-    sign, last = (-1, length - 1) if falling else (1, 0)
-    widths = (real, 1, 1)  # timesteps, reset, mask
+    of_all = math.prod(batch) * channels
+    *of_halves, of_dt = layout.sequences
+    in_halves = ((*s, channels * s[-1]) for s in of_halves)
     return Shape(
         kernel(step, choice, limits.shared_per_block),
         grid,
         shared,
-        tuple((*next(outers), sign * s[axes], s[-1], channels * s[-1]) for s in halves),
-        None if dt is None else (*next(outers), sign * dt[axes], dt[-1]),
-        tuple(None if s is None else (*next(outers), s[-1]) for s in rows),
-        tuple(None if s is None else (*next(outers), sign * s[-1]) for s in steps),
-        (
-            *(last * s[axes] * size for s in halves),
-            0 if dt is None else last * dt[axes] * real,
-            *(0 if s is None else last * s[-1] * w for s, w in zip(steps, widths, strict=True)),
-        ),
+        layout._replace(sequences=(*in_halves, of_dt)),
         _pieces(channels),
-        sign,
-        (length, channels, inner, math.prod(batch) * channels, grid.tiles, grid.chains, wide),
+        -1 if falling else 1,
+        (length, channels, layout.inner, of_all, grid.tiles, grid.chains, wide),
     )
 
 
@@ -292,32 +277,14 @@ def _fields(
     steps: tuple[Tensor | None, ...],
 ) -> list[int]:
     """Return halves, `struct Model`, then the rows that are no part of it (all but two)."""
-    values: list[int] = []
-    for t, s, shift in zip(halves, call.halves, call.offsets, strict=False):
-        values += (t.data_ptr() + shift, *s)
-    shifts = call.offsets[len(halves) :]
-    found = [
-        ABSENT if t is None or s is None else (t.data_ptr(), *s)
-        for t, s in zip(rows, call.rows, strict=True)
+    at, count = call.layout, len(halves)
+    return [
+        *fields(halves, at.sequences, at.offsets),
+        *fields(rows[:2], at.rows),
+        *fields((dt,), at.sequences[count:], at.offsets[count:]),
+        *fields(steps, at.steps, at.offsets[count + 1 :]),
+        *fields(rows[2:], at.rows[2:]),
     ]
-    values += (*found[0], *found[1])
-    values += (
-        NO_SEQUENCE if dt is None or call.dt is None else (dt.data_ptr() + shifts[0], *call.dt)
-    )
-    for t, s, shift in zip(steps, call.steps, shifts[1:], strict=True):
-        values += ABSENT if t is None or s is None else (t.data_ptr() + shift, *s)
-    for more in found[2:]:
-        values += more
-    return values
-
-
-def _beside(parameter: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """View (*shared, S) as (*batch, S)."""
-    if parameter is None:
-        return None
-    lead = parameter.shape[:-1]
-    ones = (1,) * (len(shape) - 2 - len(lead))
-    return parameter.view(*lead, *ones, -1).expand(*shape[:-2], -1)
 
 
 def diagonal_scan(
@@ -349,19 +316,18 @@ def diagonal_scan(
     if shape[-2] == 0:
         return h, last.zero_() if h0 is None else last.copy_(h0)
     choice = _choice(x, dt, timesteps, state_only, scheme)
-    rows = (_beside(A, shape), _beside(steps, shape), h0)
+    rows = (beside(A, shape), beside(steps, shape), h0)
     marks = (timesteps, reset, mask)
     call = _launch_shape("forward", choice, (x,), dt, rows, marks, reverse, device)
     if call is None:
         copies: Any = (*_copies(tensors), state_only, scheme, reverse)
         return diagonal_scan(*copies)
     grid = call.grid
-    words = torch.zeros(grid.words, dtype=torch.int64, device=x.device) if grid.words else None
-    exchange = 0 if words is None else words.data_ptr()
+    words = cuda_tiles.words(grid.words, x.device)
     call.kernel.launch(
         device, grid.blocks, grid.threads, call.shared, *_fields(call, (x,), dt, rows, marks),
         h.data_ptr() + call.begins * shape[-1] * h.itemsize, last.data_ptr(), call.direction,
-        exchange, exchange + 8, *call.sizes,
+        *cuda_tiles.exchange(words), *call.sizes,
     )  # fmt: skip
     return h, last
 
@@ -396,7 +362,7 @@ def diagonal_scan_backward(
         return _empty_gradients(grad_last, tensors)
     choice = _choice(x, dt, timesteps, state_only, scheme)
     halves = (x, h, grad_h)
-    rows = (_beside(A, shape), _beside(steps, shape), h0, grad_last)
+    rows = (beside(A, shape), beside(steps, shape), h0, grad_last)
     marks = (timesteps, reset, mask)
     call = _launch_shape("backward", choice, halves, dt, rows, marks, reverse, device)
     if call is None:
@@ -414,16 +380,15 @@ def diagonal_scan_backward(
     grid = call.grid
     sums = 1 if scheme == "none" else 2
     partial = torch.empty((grid.tiles, sums, *dh0.shape), dtype=plan.state, device=x.device)
-    words = torch.zeros(grid.words, dtype=torch.int64, device=x.device) if grid.words else None
-    exchange = 0 if words is None else words.data_ptr()
+    words = cuda_tiles.words(grid.words, x.device)
     end = call.begins
     call.kernel.launch(
         device, grid.blocks, grid.threads, call.shared, *_fields(call, halves, dt, rows, marks),
         dx.data_ptr() + end * 2 * size * dx.itemsize,
         0 if ddt is None else ddt.data_ptr() + end * size * ddt.itemsize,
         0 if d_tau is None else d_tau.data_ptr() + end * call.pieces * d_tau.itemsize,
-        call.pieces, call.direction, dh0.data_ptr(), partial.data_ptr(), exchange, exchange + 8,
-        *call.sizes,
+        call.pieces, call.direction, dh0.data_ptr(), partial.data_ptr(),
+        *cuda_tiles.exchange(words), *call.sizes,
     )  # fmt: skip
     dA, dsteps = _add_up(device, choice, partial, A, steps)
     absent = torch.empty(0, dtype=real, device=x.device)
@@ -498,23 +463,13 @@ def _copies(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
 
 
 def _check(operator: str, x: Tensor, *others: Tensor | None) -> tuple[Plan, int]:
-    plan = PLANS.get(x.dtype)
-    if plan is None:
-        names = ", ".join(p.name for p in PLANS.values())
-        raise ValueError(f"{operator}: dtype {x.dtype} on CUDA, expected one of {names}")
-    device, state, real = x.get_device(), plan.state, _real(plan)
+    plan = cuda_tiles.plan_of(operator, PLANS, x.dtype)
+    state, real = plan.state, _real(plan)
     expected = (
         state, real, real, state, real, *(torch.bool,) * 2,  # A to mask
         *(x.dtype,) * 2, state,  # h, grad_h, grad_last
     )  # fmt: skip
-    for other, dtype in zip(others, expected, strict=False):
-        if other is None:
-            continue
-        if other.get_device() != device:
-            raise ValueError(f"{operator}: a tensor is on {other.device}, x on {x.device}")
-        if other.dtype != dtype:
-            raise ValueError(f"{operator}: a tensor is {other.dtype}, expected {dtype}")
-    return plan, device
+    return plan, cuda_tiles.agree(operator, "x", x, others, expected)
 
 
 def implement() -> tuple[library.Implementation, ...]:

@@ -9,13 +9,13 @@ that scales the decay alone, each is made by a launch of its own.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lrnnx_core.backends import cuda, cuda_tiles, discretization, library
-from lrnnx_core.backends.discretization import Layout, Strides
+from lrnnx_core.backends.discretization import Arguments, Layout, Strides
 
 THREADS = 128
 EACH = 16  # elements of the outermost axis that a thread makes, if there are as many
@@ -109,100 +109,72 @@ def _numbers(x: Tensor | None, im: Tensor | None, rank: int) -> list[tuple[int, 
     return [(at, apart), absent if im is None else (im.data_ptr(), discretization.strides(im))]
 
 
-def _problems(
-    A: Tensor,
-    A_im: Tensor | None,
-    dt: Tensor,
-    dt_input: Tensor | None,
-    B: Tensor | None,
-    B_im: Tensor | None,
-) -> list[tuple[Problem, bool, bool]]:
+def _problems(p: Arguments) -> list[tuple[Problem, bool, bool]]:
     """Return the launches: what each computes, and whether A_bar and B_bar are of it."""
-    drive = dt if dt_input is None else dt_input
-    decay, gain = discretization.together(A, dt), discretization.together(A, drive, B)
-    if dt_input is None and gain == decay:
+    A, A_im, dt, _, B, B_im, *_ = p
+    decay, gain = discretization.together(A, dt), discretization.together(A, p.drive, B)
+    if p.dt_input is None and gain == decay:
         return [(Problem(decay, A, A_im, dt, B, B_im), True, True)]
     return [
         (Problem(decay, A, A_im, dt, None, None), True, False),
-        (Problem(gain, A, A_im, drive, B, B_im), False, True),
+        (Problem(gain, A, A_im, p.drive, B, B_im), False, True),
     ]
 
 
-def discretize(
-    A: Tensor,
-    A_im: Tensor | None,
-    dt: Tensor,
-    dt_input: Tensor | None,
-    B: Tensor | None,
-    B_im: Tensor | None,
-    scheme: str,
-    alpha: float,
-) -> tuple[Tensor, Tensor]:
+def discretize(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Leaf: (A_bar, B_bar), as `discretization.formula`."""
     if not cuda.ready():
-        return discretization.formula(A, A_im, dt, dt_input, B, B_im, scheme, alpha)
-    tensors = [_plain(t) for t in (A, A_im, dt, dt_input, B, B_im)]
-    kind, device = _check("discretize_diagonal", *tensors)
+        return discretization.formula(*arguments)
+    p = Arguments(*map(_plain, arguments))
+    kind, device = _check("discretize_diagonal", *p.tensors)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return discretize(A, A_im, dt, dt_input, B, B_im, scheme, alpha)
+            return discretize(*p)
     made: list[Tensor] = []
-    for x, decays, gains in _problems(*tensors):  # pyright: ignore[reportArgumentType]
-        results = [torch.empty(x.shape, dtype=kind, device=A.device) for _ in range(decays + gains)]
+    for x, decays, gains in _problems(p):
+        results = [
+            torch.empty(x.shape, dtype=kind, device=p.A.device) for _ in range(decays + gains)
+        ]
         made += results
         if not results[0].numel():
             continue
-        p, values, *keep = _readable(x)
-        _, lanes, blocks = _grid(p)
+        merged, values, *keep = _readable(x)
+        _, lanes, blocks = _grid(merged)
         at = [t.data_ptr() for t in results]
-        kernel("forward", kind, scheme).launch(
+        kernel("forward", kind, p.scheme).launch(
             device, blocks, THREADS, 0,
-            *values, at[0] if decays else 0, at[-1] if gains else 0, alpha, *p.sizes, lanes,
+            *values, at[0] if decays else 0, at[-1] if gains else 0, p.alpha, *merged.sizes, lanes,
         )  # fmt: skip
         del keep
     return made[0], made[1]
 
 
 def discretize_backward(
-    grad_A_bar: Tensor,
-    grad_B_bar: Tensor,
-    A: Tensor,
-    A_im: Tensor | None,
-    dt: Tensor,
-    dt_input: Tensor | None,
-    B: Tensor | None,
-    B_im: Tensor | None,
-    scheme: str,
-    alpha: float,
+    grad_A_bar: Tensor, grad_B_bar: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     """Leaf: the gradients of the tensors, as `discretization.gradients`."""
     if not cuda.ready():
-        return discretization.gradients(
-            grad_A_bar, grad_B_bar, A, A_im, dt, dt_input, B, B_im, scheme, alpha
-        )
-    tensors = [_plain(t) for t in (A, A_im, dt, dt_input, B, B_im)]
-    grads = [_plain(g) for g in (grad_A_bar, grad_B_bar)]
-    kind, device = _check("discretize_diagonal_backward", *tensors, *grads)
+        return discretization.gradients(grad_A_bar, grad_B_bar, *arguments)
+    p, grads = Arguments(*map(_plain, arguments)), [_plain(g) for g in (grad_A_bar, grad_B_bar)]
+    kind, device = _check("discretize_diagonal_backward", *p.tensors, *grads)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return discretize_backward(
-                grad_A_bar, grad_B_bar, A, A_im, dt, dt_input, B, B_im, scheme, alpha
-            )
+            return discretize_backward(*grads, *p)
     found: list[list[Tensor | None]] = []  # of every launch: dA, dA_im, step, dB, dB_im
-    for x, decays, gains in _problems(*tensors):  # pyright: ignore[reportArgumentType]
+    for x, decays, gains in _problems(p):
         found.append(
-            _gradients(x, grads[0] if decays else None, grads[1] if gains else None, kind, scheme,
-                       alpha, device)
+            _gradients(x, grads[0] if decays else None, grads[1] if gains else None, kind, p.scheme,
+                       p.alpha, device)
         )  # fmt: skip
     first, last = found[0], found[-1]
     if len(found) == 1:
         dA, dA_im, d_decay, d_drive = *first[:3], None
     else:
         dA, dA_im, d_decay, d_drive = *map(_added, first[:2], last[:2]), first[2], last[2]
-        if dt_input is None:
+        if p.dt_input is None:
             d_decay, d_drive = _added(d_decay, d_drive), None
     results = (dA, dA_im, d_decay, d_drive, *last[3:])
-    return tuple(dt.new_empty(0) if t is None else t for t in results)
+    return tuple(p.dt.new_empty(0) if t is None else t for t in results)
 
 
 def _gradients(
@@ -265,9 +237,9 @@ def _added(x: Tensor | None, y: Tensor | None) -> Tensor | None:
     return x if x is None or y is None else x + y
 
 
-def _plain(t: Tensor | None) -> Tensor | None:
-    """Return t without lazy bits."""
-    if t is None or not (t.is_conj() or t.is_neg()):
+def _plain(t: Any) -> Any:
+    """Return an argument without lazy bits."""
+    if not isinstance(t, Tensor) or not (t.is_conj() or t.is_neg()):
         return t
     return t.resolve_conj().resolve_neg()
 

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.backends import blocked, cuda, cuda_tiles, library
-from lrnnx_core.backends.cuda_tiles import BITS, EXCHANGE, INITIAL, SIZE, STRIDED, Plan, Strides
+from lrnnx_core.backends.cuda_tiles import (
+    BITS,
+    EXCHANGE,
+    INITIAL,
+    SIZE,
+    STRIDED,
+    Layout,
+    Plan,
+    Strides,
+)
 
 # Chosen by timing (benchmarks/cuda/NOTES.md).
 WARPS = 4  # of a block, at most
@@ -103,9 +112,7 @@ class Shape(NamedTuple):
         shared: dynamic shared memory.
         tiles: in time; more than one speak to each other.
         words: 64-bit words through which they do.
-        offsets: in bytes, to the first step in the order of running: sequences, reset.
-        strides: (outer, inner, time, row) of the sequences, then (outer, inner, row) of the states,
-            then (outer, inner, time) of reset.
+        layout: of the arguments.
         sizes: the last fields of the arguments.
     """
 
@@ -115,8 +122,7 @@ class Shape(NamedTuple):
     shared: int
     tiles: int
     words: int
-    offsets: tuple[int, ...]
-    strides: tuple[Strides, ...]
+    layout: Layout
     sizes: tuple[int, ...]
 
 
@@ -127,7 +133,7 @@ def _shape(
     shape: torch.Size,
     varying: bool,
     sequences: tuple[Strides, ...],
-    states: tuple[Strides, ...],
+    states: tuple[Strides | None, ...],
     reset: Strides | None,
     backwards: bool,
     alignment: int,
@@ -141,35 +147,23 @@ def _shape(
         shape: of the sequences that vary in time.
         varying: whether the first one does.
         sequences: strides.
-        states: strides.
-        reset: strides.
+        states: strides, None where absent.
+        reset: strides, None where absent.
         backwards: run from the last step to the first.
         alignment: the bits of all sequences' addresses below 16.
         device: its index.
     """
     *batch, length, channels = shape
-    size = dtype.itemsize
-    all_strides = [*sequences, *states, *(() if reset is None else (reset,))]
-    merged = cuda.merge_batch(batch, all_strides)
-    if merged is None or alignment % size:
+    size, a = dtype.itemsize, sequences[0]
+    stepped = sequences if varying else ((*a[:-2], 0, a[-1]), *sequences[1:])
+    sizes = (*(size,) * len(sequences), 1)
+    layout = cuda_tiles.lay_out(batch, length, stepped, states, (reset,), sizes, backwards)
+    if layout is None or alignment % size:
         return None
-    inner, outers = merged
     wide, pack = cuda_tiles.access(shape, sequences, alignment, size, PAIRED)
     limits = cuda.limits(device)
     warps, shared, static = _tile(step, dtype, varying, pack, limits.shared_per_block)
     grid = cuda_tiles.grid(limits, PLANS[dtype], shape, pack, warps, shared + static)
-    sign = -1 if backwards else 1
-    pieces = [(*o, sign * s[-2], s[-1]) for o, s in zip(outers, sequences, strict=False)]
-    if not varying:
-        pieces[0] = (*outers[0], 0, sequences[0][-1])
-    k = len(sequences)
-    pieces += [(*o, s[-1]) for o, s in zip(outers[k:], states, strict=False)]
-    if reset is not None:
-        pieces.append((*outers[-1], sign * reset[-1]))
-    shifts = [(length - 1) * s[-2] * size if backwards else 0 for s in sequences]
-    if not varying:
-        shifts[0] = 0
-    shifts.append((length - 1) * reset[-1] if backwards and reset is not None else 0)
     rows = math.prod(batch) * channels
     return Shape(
         kernel(step, dtype, varying, pack, limits.shared_per_block),
@@ -178,9 +172,8 @@ def _shape(
         shared,
         grid.tiles,
         grid.words,
-        tuple(shifts),
-        tuple(pieces),
-        (length, channels, inner, rows, grid.tiles, grid.chains, wide),
+        layout,
+        (length, channels, layout.inner, rows, grid.tiles, grid.chains, wide),
     )
 
 
@@ -207,25 +200,23 @@ def linear_scan(
     at_a, at_b = a.data_ptr(), b.data_ptr()
     call = _shape(
         "forward", b.dtype, shape, a.shape[-2] == length, (a.stride(), b.stride()),
-        () if h0 is None else (h0.stride(),), None if reset is None else reset.stride(),
+        (None if h0 is None else h0.stride(),), None if reset is None else reset.stride(),
         reverse, (at_a | at_b) & 15, device,
     )  # fmt: skip
     if call is None:
         return linear_scan(*_copies(a, b, h0, reset), reverse)
-    words = torch.zeros(call.words, dtype=torch.int64, device=b.device) if call.words else None
-    exchange = 0 if words is None else words.data_ptr()
-    offsets, strides = call.offsets, call.strides
-    at_h = h.data_ptr()
+    words = cuda_tiles.words(call.words, b.device)
+    at_h, (_, sequences, states, steps, offsets) = h.data_ptr(), call.layout
     call.kernel.launch(
         device, call.blocks, call.threads, call.shared,
-        at_a + offsets[0], *strides[0],
-        at_b + offsets[1], *strides[1],
-        *((0, 0, 0, 0) if h0 is None else (h0.data_ptr(), *strides[2])),
-        *((0, 0, 0, 0) if reset is None else (reset.data_ptr() + offsets[-1], *strides[-1])),
+        at_a + offsets[0], *sequences[0],
+        at_b + offsets[1], *sequences[1],
+        0 if h0 is None else h0.data_ptr(), *states[0],
+        0 if reset is None else reset.data_ptr() + offsets[2], *steps[0],
         at_h + (length - 1) * channels * h.itemsize if reverse else at_h,
         -channels if reverse else channels,
         last.data_ptr(),
-        exchange, exchange + 8,
+        *cuda_tiles.exchange(words),
         *call.sizes,
     )  # fmt: skip
     return h, last
@@ -264,7 +255,7 @@ def linear_scan_backward(
         h0 = h0.to(plan.state)
     varying = a.shape[-2] == length
     at_a, at_h, at_g = a.data_ptr(), h.data_ptr(), grad_h.data_ptr()
-    states = (grad_last.stride(),) if h0 is None else (grad_last.stride(), h0.stride())
+    states = (None if h0 is None else h0.stride(), grad_last.stride())
     call = _shape(
         "backward", h.dtype, shape, varying, (a.stride(), h.stride(), grad_h.stride()), states,
         None if reset is None else reset.stride(), not reverse, (at_a | at_h | at_g) & 15, device,
@@ -273,27 +264,26 @@ def linear_scan_backward(
         a, h, h0, reset = _copies(a, h, h0, reset)
         grad_h, grad_last = grad_h.clone(memory_format=COMPACT), grad_last.contiguous()
         return linear_scan_backward(a, h, h0, reset, grad_h, grad_last, reverse)
-    words = torch.zeros(call.words, dtype=torch.int64, device=a.device) if call.words else None
-    exchange = 0 if words is None else words.data_ptr()
-    offsets, strides, tiles = call.offsets, call.strides, call.tiles
-    partial = None
+    words = cuda_tiles.words(call.words, a.device)
+    _, sequences, states, steps, offsets = call.layout
+    partial, tiles = None, call.tiles
     if not varying and tiles > 1:
         partial = torch.empty(tiles * dh0.numel(), dtype=plan.state, device=a.device)
     end = 0 if reverse else (length - 1) * channels * h.itemsize
     call.kernel.launch(
         device, call.blocks, call.threads, call.shared,
-        at_a + offsets[0], *strides[0],
-        at_h + offsets[1], *strides[1],
-        at_g + offsets[2], *strides[2],
-        *((0, 0, 0, 0) if h0 is None else (h0.data_ptr(), *strides[4])),
-        grad_last.data_ptr(), *strides[3],
-        *((0, 0, 0, 0) if reset is None else (reset.data_ptr() + offsets[-1], *strides[-1])),
+        at_a + offsets[0], *sequences[0],
+        at_h + offsets[1], *sequences[1],
+        at_g + offsets[2], *sequences[2],
+        0 if h0 is None else h0.data_ptr(), *states[0],
+        grad_last.data_ptr(), *states[1],
+        0 if reset is None else reset.data_ptr() + offsets[3], *steps[0],
         da.data_ptr() + end if varying else da.data_ptr(),
         db.data_ptr() + end,
         channels if reverse else -channels,
         dh0.data_ptr(),
         0 if partial is None else partial.data_ptr(),
-        exchange, exchange + 8,
+        *cuda_tiles.exchange(words),
         *call.sizes,
     )  # fmt: skip
     if partial is not None:
@@ -317,10 +307,7 @@ def _copies(
 
 
 def _check(operator: str, main: Tensor, **others: Tensor | None) -> tuple[Plan, int]:
-    plan = PLANS.get(main.dtype)
-    if plan is None:
-        names = ", ".join(p.name for p in PLANS.values())
-        raise ValueError(f"{operator}: dtype {main.dtype} on CUDA, expected one of {names}")
+    plan = cuda_tiles.plan_of(operator, PLANS, main.dtype)
     device = main.get_device()
     for name, other in others.items():
         if other is not None and other.get_device() != device:

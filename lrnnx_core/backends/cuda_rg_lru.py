@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.backends import blocked_rg_lru, cuda, cuda_tiles, library
+from lrnnx_core.backends.blocked_rg_lru import Arguments
 from lrnnx_core.backends.cuda_tiles import (
     BITS,
     EXCHANGE,
     INITIAL,
     SIZE,
     STRIDED,
+    Layout,
     Plan,
     Strides,
+    beside,
+    fields,
 )
 
 WARPS = 4  # of a block, at most
@@ -36,7 +40,6 @@ PLANS = {
     torch.bfloat16: Plan("bfloat16", torch.float32, 16),
     torch.float16: Plan("float16", torch.float32, 16),
 }
-ABSENT = (0, 0, 0, 0)
 
 
 @functools.cache
@@ -105,20 +108,14 @@ class Shape(NamedTuple):
         kernel: what is launched.
         grid: its size.
         shared: dynamic shared memory.
-        sequences: strides (outer, inner, time, row).
-        rows: strides (outer, inner, row) of what has one number a row, None where absent.
-        steps: strides (outer, inner, time) of what has one number a step, None where absent.
-        offsets: in bytes, to the first step in the order of running: of sequences, then of steps.
+        layout: of the arguments.
         sizes: the last fields of the arguments.
     """
 
     kernel: cuda.Kernel
     grid: cuda_tiles.Grid
     shared: int
-    sequences: tuple[Strides, ...]
-    rows: tuple[Strides | None, ...]
-    steps: tuple[Strides | None, ...]
-    offsets: tuple[int, ...]
+    layout: Layout
     sizes: tuple[int, ...]
 
 
@@ -133,34 +130,24 @@ def _shape(
     alignment: int,
     device: int,
 ) -> Shape | None:
-    """Return the launch, None where it takes copies; arguments as in `Shape`, whole strides."""
+    """Return the launch, None where it takes copies; strides as in `Layout`, whole ones."""
     *batch, length, channels = shape
-    size, axes = dtype.itemsize, len(shape) - 2
-    present = [s for s in (*sequences, *rows, *steps) if s is not None]
-    merged = cuda.merge_batch(batch, present)
-    if merged is None or alignment % size:
+    size = dtype.itemsize
+    sizes = (*(size,) * len(sequences), PLANS[dtype].state.itemsize, 1, 1)  # timesteps, bits
+    layout = cuda_tiles.lay_out(batch, length, sequences, rows, steps, sizes, step == "backward")
+    if layout is None or alignment % size:
         return None
-    inner, found = merged
-    outers = iter(found)
     wide, pack = cuda_tiles.access(shape, sequences, alignment, size, 2)
     limits = cuda.limits(device)
     warps, shared, static = _tile(step, dtype, pack, limits.shared_per_block)
     grid = cuda_tiles.grid(limits, PLANS[dtype], shape, pack, warps, shared + static)
-    backwards = step == "backward"
-    sign, last = (-1, length - 1) if backwards else (1, 0)
-    widths = (PLANS[dtype].state.itemsize, 1, 1)  # timesteps, reset, mask
+    of_rows = math.prod(batch) * channels
     return Shape(
         kernel(step, dtype, pack, limits.shared_per_block),
         grid,
         shared,
-        tuple((*next(outers), sign * s[axes], s[-1]) for s in sequences),
-        tuple(None if s is None else (*next(outers), s[-1]) for s in rows),
-        tuple(None if s is None else (*next(outers), sign * s[-1]) for s in steps),
-        (
-            *(last * s[axes] * size for s in sequences),
-            *(0 if s is None else last * s[-1] * w for s, w in zip(steps, widths, strict=True)),
-        ),
-        (length, channels, inner, math.prod(batch) * channels, grid.tiles, grid.chains, wide),
+        layout,
+        (length, channels, layout.inner, of_rows, grid.tiles, grid.chains, wide),
     )
 
 
@@ -190,54 +177,26 @@ def _fields(
     choices: tuple[bool, bool],
 ) -> list[int]:
     """Return sequences, `struct Gates`, then the other rows: the three of Gates come first."""
-    values: list[int] = []
-    shifts = call.offsets
-    for t, s, shift in zip(sequences, call.sequences, shifts, strict=False):
-        values += (t.data_ptr() + shift, *s)
-    for t, s in zip(rows[:3], call.rows, strict=False):
-        values += ABSENT if t is None or s is None else (t.data_ptr(), *s)
-    for t, s, shift in zip(steps, call.steps, shifts[len(sequences) :], strict=True):
-        values += ABSENT if t is None or s is None else (t.data_ptr() + shift, *s)
-    values += map(int, choices)
-    for t, s in zip(rows[3:], call.rows[3:], strict=True):
-        values += ABSENT if t is None or s is None else (t.data_ptr(), *s)
-    return values
+    at = call.layout
+    return [
+        *fields(sequences, at.sequences, at.offsets),
+        *fields(rows[:3], at.rows),
+        *fields(steps, at.steps, at.offsets[len(sequences) :]),
+        *choices,
+        *fields(rows[3:], at.rows[3:]),
+    ]
 
 
-def _beside(parameter: Tensor | None, shape: torch.Size) -> Tensor | None:
-    """View (*shared, W) as (*batch, W)."""
-    if parameter is None:
-        return None
-    lead = parameter.shape[:-1]
-    ones = (1,) * (len(shape) - 2 - len(lead))
-    return parameter.view(*lead, *ones, -1).expand(*shape[:-2], -1)
-
-
-def rg_lru_scan(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrent_gate: Tensor,
-    rate: Tensor,
-    input_bias: Tensor | None,
-    recurrent_bias: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    start_rule: bool,
-) -> tuple[Tensor, Tensor]:
+def rg_lru_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Leaf: all states h (*batch, L, W) and the last one (*batch, W), as `blocked_rg_lru`."""
-    tensors = (
-        x, input_gate, recurrent_gate, rate, input_bias, recurrent_bias, h0, timesteps, reset, mask
-    )  # fmt: skip
     if not cuda.ready():
-        return blocked_rg_lru.rg_lru_scan(*tensors, state_only, start_rule)
-    plan, device = _check("rg_lru_scan", *tensors)
+        return blocked_rg_lru.rg_lru_scan(*arguments)
+    p = Arguments(*arguments)
+    plan, device = _check("rg_lru_scan", *p.tensors)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return rg_lru_scan(*tensors, state_only, start_rule)
-    shape = x.shape
+            return rg_lru_scan(*p)
+    x, h0, shape = p.x, p.h0, p.x.shape
     h = torch.empty(shape, dtype=x.dtype, device=x.device)
     last = torch.empty(shape[:-2] + shape[-1:], dtype=plan.state, device=x.device)
     if last.numel() == 0:
@@ -245,79 +204,56 @@ def rg_lru_scan(
     length, channels = shape[-2:]
     if length == 0:
         return h, last.zero_() if h0 is None else last.copy_(h0)
-    sequences = (x, input_gate, recurrent_gate)
-    rows = (*(_beside(t, shape) for t in (rate, input_bias, recurrent_bias)), h0)
-    steps = (timesteps, reset, mask)
-    call = _launch_shape("forward", sequences, rows, steps, device)
+    rows = (*(beside(t, shape) for t in p.parameters), h0)
+    call = _launch_shape("forward", p.sequences, rows, p.steps, device)
     if call is None:
-        copies: Any = (*_copies(tensors), state_only, start_rule)
-        return rg_lru_scan(*copies)
+        return rg_lru_scan(*map(_copy, p))
     grid = call.grid
-    words = torch.zeros(grid.words, dtype=torch.int64, device=x.device) if grid.words else None
-    exchange = 0 if words is None else words.data_ptr()
+    words = cuda_tiles.words(grid.words, x.device)
     call.kernel.launch(
         device, grid.blocks, grid.threads, call.shared,
-        *_fields(call, sequences, rows, steps, (state_only, start_rule)),
-        h.data_ptr(), channels, last.data_ptr(), exchange, exchange + 8, *call.sizes,
+        *_fields(call, p.sequences, rows, p.steps, p.choices),
+        h.data_ptr(), channels, last.data_ptr(), *cuda_tiles.exchange(words), *call.sizes,
     )  # fmt: skip
     return h, last
 
 
 def rg_lru_scan_backward(
-    h: Tensor,
-    grad_h: Tensor,
-    grad_last: Tensor,
-    x: Tensor,
-    input_gate: Tensor,
-    recurrent_gate: Tensor,
-    rate: Tensor,
-    input_bias: Tensor | None,
-    recurrent_bias: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    start_rule: bool,
+    h: Tensor, grad_h: Tensor, grad_last: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     """Leaf: gradients of the floating tensors, empty where absent, as `blocked_rg_lru`."""
-    tensors = (
-        x, input_gate, recurrent_gate, rate, input_bias, recurrent_bias, h0, timesteps, reset, mask
-    )  # fmt: skip
     grads = (h, grad_h, grad_last)
     if not cuda.ready():
-        return blocked_rg_lru.gradients(*grads, *tensors, state_only, start_rule)
-    plan, device = _check("rg_lru_scan_backward", *tensors, *grads)
+        return blocked_rg_lru.gradients(*grads, *arguments)
+    p = Arguments(*arguments)
+    plan, device = _check("rg_lru_scan_backward", *p.tensors, *grads)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return rg_lru_scan_backward(*grads, *tensors, state_only, start_rule)
-    shape = x.shape
+            return rg_lru_scan_backward(*grads, *p)
+    x, shape = p.x, p.x.shape
     length, channels = shape[-2:]
     if x.numel() == 0:
-        return _empty_gradients(grad_last, tensors)
-    sequences = (x, input_gate, recurrent_gate, h, grad_h)
-    rows = (*(_beside(t, shape) for t in (rate, input_bias, recurrent_bias)), h0, grad_last)
-    steps = (timesteps, reset, mask)
-    call = _launch_shape("backward", sequences, rows, steps, device)
+        return _empty_gradients(grad_last, p)
+    sequences = (*p.sequences, h, grad_h)
+    rows = (*(beside(t, shape) for t in p.parameters), p.h0, grad_last)
+    call = _launch_shape("backward", sequences, rows, p.steps, device)
     if call is None:
-        copies: Any = (*_copies((*grads, *tensors)), state_only, start_rule)
-        return rg_lru_scan_backward(*copies)
+        return rg_lru_scan_backward(*map(_copy, (*grads, *p)))
     dx, d_input, d_recurrent = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in "xir")
     dh0 = torch.empty(grad_last.shape, dtype=plan.state, device=x.device)
     grid = call.grid
     partial = torch.empty((grid.tiles, 3, *dh0.shape), dtype=plan.state, device=x.device)
     d_tau = None
-    if timesteps is not None:
+    if p.timesteps is not None:
         d_tau = torch.empty(shape, dtype=plan.state, device=x.device)
-    words = torch.zeros(grid.words, dtype=torch.int64, device=x.device) if grid.words else None
-    exchange = 0 if words is None else words.data_ptr()
+    words = cuda_tiles.words(grid.words, x.device)
     end = (length - 1) * channels
     call.kernel.launch(
         device, grid.blocks, grid.threads, call.shared,
-        *_fields(call, sequences, rows, steps, (state_only, start_rule)),
+        *_fields(call, sequences, rows, p.steps, p.choices),
         *(t.data_ptr() + end * t.itemsize for t in (dx, d_input, d_recurrent)), -channels,
         0 if d_tau is None else d_tau.data_ptr() + end * d_tau.itemsize,
-        dh0.data_ptr(), partial.data_ptr(), exchange, exchange + 8, *call.sizes,
+        dh0.data_ptr(), partial.data_ptr(), *cuda_tiles.exchange(words), *call.sizes,
     )  # fmt: skip
     sums = partial[0]
     if grid.tiles > 1:
@@ -328,8 +264,8 @@ def rg_lru_scan_backward(
         d_input,
         d_recurrent,
         *(
-            grad_last.new_empty(0) if p is None else _over_batch(s, p)
-            for p, s in zip((rate, input_bias, recurrent_bias), sums, strict=True)
+            grad_last.new_empty(0) if t is None else _over_batch(s, t)
+            for t, s in zip(p.parameters, sums, strict=True)
         ),
         dh0,
         grad_last.new_empty(0) if d_tau is None else d_tau.sum(-1),
@@ -345,40 +281,29 @@ def _over_batch(x: Tensor, parameter: Tensor) -> Tensor:
     return x.sum(dims) if dims else x.clone()
 
 
-def _empty_gradients(grad_last: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+def _empty_gradients(grad_last: Tensor, p: Arguments) -> tuple[Tensor, ...]:
     """Return the gradients where there is no step, row or channel."""
     found = [
         grad_last.new_empty(0) if t is None else torch.zeros_like(t, memory_format=COMPACT)
-        for t in tensors[:-2]
+        for t in p.tensors[:8]
     ]
     found[6] = grad_last.clone(memory_format=COMPACT)
     return tuple(found)
 
 
-def _copies(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Return compact copies, whose batch dimensions merge and which are aligned."""
-    return tuple(t if t is None else t.clone(memory_format=COMPACT) for t in tensors)
+def _copy(t: Any) -> Any:
+    """Return a compact copy, whose batch dimensions merge and which is aligned."""
+    return t.clone(memory_format=COMPACT) if isinstance(t, Tensor) else t
 
 
 def _check(operator: str, x: Tensor, *others: Tensor | None) -> tuple[Plan, int]:
-    plan = PLANS.get(x.dtype)
-    if plan is None:
-        names = ", ".join(p.name for p in PLANS.values())
-        raise ValueError(f"{operator}: dtype {x.dtype} on CUDA, expected one of {names}")
-    device = x.get_device()
+    plan = cuda_tiles.plan_of(operator, PLANS, x.dtype)
     sequence, state = x.dtype, plan.state
     expected = (
         *(sequence,) * 2, *(state,) * 5, *(torch.bool,) * 2,  # gates to mask
         *(sequence,) * 2, state,  # h, grad_h, grad_last
     )  # fmt: skip
-    for other, dtype in zip(others, expected, strict=False):
-        if other is None:
-            continue
-        if other.get_device() != device:
-            raise ValueError(f"{operator}: a tensor is on {other.device}, x on {x.device}")
-        if other.dtype != dtype:
-            raise ValueError(f"{operator}: a tensor is {other.dtype}, expected {dtype}")
-    return plan, device
+    return plan, cuda_tiles.agree(operator, "x", x, others, expected)
 
 
 def implement() -> tuple[library.Implementation, ...]:

@@ -485,18 +485,10 @@ def _check(operator: str, u: Tensor, *others: Tensor | None) -> int:
     if u.dtype not in DTYPES:
         names = ", ".join(cuda.NAMES[t] for t in DTYPES)
         raise ValueError(f"{operator}: dtype {u.dtype} on CUDA, expected one of {names}")
-    device, real = u.get_device(), state_dtype(u.dtype)
-    a = others[0]
+    a, real = others[0], state_dtype(u.dtype)
     state = real if a is None or not a.is_complex() else torch.promote_types(real, torch.complex64)
     expected = (state, state, real, torch.int64, torch.bool, u.dtype, state)
-    for other, dtype in zip(others, expected, strict=False):
-        if other is None:
-            continue
-        if other.get_device() != device:
-            raise ValueError(f"{operator}: a tensor is on {other.device}, u on {u.device}")
-        if other.dtype != dtype:
-            raise ValueError(f"{operator}: a tensor is {other.dtype}, expected {dtype}")
-    return device
+    return cuda_tiles.agree(operator, "u", u, others, expected)
 
 
 def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,87 @@ def static_shared(plan: Plan, pack: int, warps: int, window: int) -> int:
     return (3 * warps + 2 * window + 1) * cuda.WARP * pack * plan.state.itemsize + 512
 
 
+class Layout(NamedTuple):
+    """Where kernels begin in their arguments, and how they step.
+
+    Attributes:
+        inner: the inner one of two batch dimensions.
+        sequences: strides (outer, inner, time, row) of what has numbers a step and row.
+        rows: strides (outer, inner, row) of what has one number a row.
+        steps: strides (outer, inner, time) of what has one number a step.
+        offsets: in bytes, to the first step in the order of running: of sequences, then of steps.
+
+    What is absent has zeros.
+    """
+
+    inner: int
+    sequences: tuple[Strides, ...]
+    rows: tuple[Strides, ...]
+    steps: tuple[Strides, ...]
+    offsets: tuple[int, ...]
+
+
+def fields(
+    tensors: Sequence[Tensor | None],
+    strides: Sequence[Strides],
+    offsets: Iterable[int] = itertools.repeat(0),
+) -> list[int]:
+    """Return (address, *strides) of every tensor; there may be more strides and offsets."""
+    values: list[int] = []
+    for t, s, offset in zip(tensors, strides, offsets, strict=False):
+        values += (0 if t is None else t.data_ptr() + offset, *s)
+    return values
+
+
+def lay_out(
+    batch: Sequence[int],
+    length: int,
+    sequences: Sequence[Strides | None],
+    rows: Sequence[Strides | None],
+    steps: Sequence[Strides | None],
+    sizes: Sequence[int],
+    falling: bool,
+) -> Layout | None:
+    """Return the layout, None where the batch dimensions need copies to become two.
+
+    Args:
+        batch: the dimensions before those of `Layout`.
+        length: steps.
+        sequences: strides of all dimensions, None where absent, as those of rows and steps.
+        rows: the same.
+        steps: the same.
+        sizes: bytes of a number of each of the sequences, then of the steps.
+        falling: run from the last step to the first.
+    """
+    merged = cuda.merge_batch(batch, [s for s in (*sequences, *rows, *steps) if s is not None])
+    if merged is None:
+        return None
+    inner, found = merged
+    outers = iter(found)
+    sign, last = (-1, length - 1) if falling else (1, 0)
+    times = [0 if s is None else s[-2] for s in sequences]
+    times += [0 if s is None else s[-1] for s in steps]
+    absent = (0, 0, 0)
+    return Layout(
+        inner,
+        tuple(
+            (*absent, 0) if s is None else (*next(outers), sign * s[-2], s[-1]) for s in sequences
+        ),
+        tuple(absent if s is None else (*next(outers), s[-1]) for s in rows),
+        tuple(absent if s is None else (*next(outers), sign * s[-1]) for s in steps),
+        tuple(last * time * size for time, size in zip(times, sizes, strict=True)),
+    )
+
+
+def beside(parameter: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """View (*shared, S) as (*batch, S), for sequences of ``shape`` (*batch, L, ...)."""
+    if parameter is None:
+        return None
+    lead = parameter.shape[:-1]
+    ones = (1,) * (len(shape) - 2 - len(lead))
+    return parameter.view(*lead, *ones, -1).expand(*shape[:-2], -1)
+
+
 class Grid(NamedTuple):
     """The size of a launch.
 
@@ -101,11 +183,65 @@ def grid(
     )
 
 
+def words(count: int, device: torch.device) -> Tensor | None:
+    """Return the words of a `Grid`, None where there are none."""
+    return torch.zeros(count, dtype=torch.int64, device=device) if count else None
+
+
+def exchange(words: Tensor | None) -> tuple[int, int]:
+    """Return the fields through which tiles speak: the ticket, and the words behind it."""
+    at = 0 if words is None else words.data_ptr()
+    return at, at + 8
+
+
 @functools.cache
 def sum_kernel(dtype: torch.dtype, pack: int = 1) -> cuda.Kernel:
     """Return the kernel that adds up partial sums over tiles, of ``pack`` rows a thread."""
     definitions = {"DTYPE": cuda.NAMES[dtype], "WARPS": WARPS, "PACK": pack}
     return cuda.Kernel("sum.cu", "sum_partials", definitions, "2P2q")
+
+
+def plan_of(operator: str, plans: Mapping[torch.dtype, Plan], dtype: torch.dtype) -> Plan:
+    """Return how a dtype is computed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    plan = plans.get(dtype)
+    if plan is None:
+        names = ", ".join(p.name for p in plans.values())
+        raise ValueError(f"{operator}: dtype {dtype} on CUDA, expected one of {names}")
+    return plan
+
+
+def agree(
+    operator: str,
+    name: str,
+    first: Tensor,
+    others: Iterable[Tensor | None],
+    dtypes: Iterable[torch.dtype],
+) -> int:
+    """Return the index of the device of all tensors.
+
+    Args:
+        operator: its name, for messages.
+        name: of the first tensor, likewise.
+        first: on a CUDA device.
+        others: None where absent.
+        dtypes: what those of the others must be, in their order; there may be more of these.
+
+    Raises:
+        ValueError: a tensor on another device or of another dtype.
+    """
+    device = first.get_device()
+    for other, dtype in zip(others, dtypes, strict=False):
+        if other is None:
+            continue
+        if other.get_device() != device:
+            raise ValueError(f"{operator}: a tensor is on {other.device}, {name} on {first.device}")
+        if other.dtype != dtype:
+            raise ValueError(f"{operator}: a tensor is {other.dtype}, expected {dtype}")
+    return device
 
 
 def add_up(device: int, partial: Tensor, out: Tensor, tiles: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,55 +22,60 @@ from lrnnx_core.discretize import FUSED, SCHEMES, Fused, gbt
 Strides = tuple[int, ...]
 
 
-def formula(
-    A: Tensor,
-    A_im: Tensor | None,
-    dt: Tensor,
-    dt_input: Tensor | None,
-    B: Tensor | None,
-    B_im: Tensor | None,
-    scheme: str,
-    alpha: float,
-) -> tuple[Tensor, Tensor]:
+class Arguments(NamedTuple):
+    """The arguments of the leaf operator, in its order."""
+
+    A: Tensor
+    A_im: Tensor | None
+    dt: Tensor
+    dt_input: Tensor | None
+    B: Tensor | None
+    B_im: Tensor | None
+    scheme: str
+    alpha: float
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but scheme and number."""
+        return self[:-2]
+
+    @property
+    def drive(self) -> Tensor:
+        """The step of the input."""
+        return self.dt if self.dt_input is None else self.dt_input
+
+
+def formula(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Leaf: (A_bar, B_bar), each of the shape its arguments broadcast to; differentiable pieces."""
-    rule = partial(gbt, alpha=alpha) if scheme == "gbt" else SCHEMES[scheme]
-    A_bar, gamma = rule(_joined(A, A_im), dt, dt if dt_input is None else dt_input)
-    return A_bar, gamma if B is None else gamma * _joined(B, B_im)
+    p = Arguments(*arguments)
+    rule = partial(gbt, alpha=p.alpha) if p.scheme == "gbt" else SCHEMES[p.scheme]
+    A_bar, gamma = rule(_joined(p.A, p.A_im), p.dt, p.drive)
+    return A_bar, gamma if p.B is None else gamma * _joined(p.B, p.B_im)
 
 
-def gradients(
-    grad_A_bar: Tensor,
-    grad_B_bar: Tensor,
-    A: Tensor,
-    A_im: Tensor | None,
-    dt: Tensor,
-    dt_input: Tensor | None,
-    B: Tensor | None,
-    B_im: Tensor | None,
-    scheme: str,
-    alpha: float,
-) -> tuple[Tensor, ...]:
+def gradients(grad_A_bar: Tensor, grad_B_bar: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Leaf: the gradients of all six tensors, empty where there is none."""
-    z, rule = _joined(A, A_im), _generalised(alpha) if scheme == "gbt" else FUSED[scheme]
-    drive = dt if dt_input is None else dt_input
+    p = Arguments(*arguments)
+    rule = _generalised(p.alpha) if p.scheme == "gbt" else FUSED[p.scheme]
+    z, dt, drive = _joined(p.A, p.A_im), p.dt, p.drive
     decay_rate, drive_rate = dt * z, drive * z
     w = rule.decay_slope(decay_rate, rule.decay(decay_rate)).conj_physical() * grad_A_bar
     dA, d_decay = dt * w, _real(z.conj_physical() * w)
     g, dB = grad_B_bar, None
-    if B is not None:
+    if p.B is not None:
         gamma = torch.ones_like(drive_rate) if rule.gain is None else rule.gain(drive_rate)
         gamma = gamma * drive if rule.scaled else gamma
         dB = gamma.conj_physical() * g
-        g = _joined(B, B_im).conj_physical() * g
+        g = _joined(p.B, p.B_im).conj_physical() * g
     dA, d_decay = dA.sum_to_size(z.shape), d_decay.sum_to_size(dt.shape)
     if rule.gain_slope is not None and rule.gain_dt is not None:
         slope = drive * drive * rule.gain_slope(drive_rate)
         dA = dA + (slope.conj_physical() * g).sum_to_size(z.shape)
         g = rule.gain_dt(drive_rate).conj_physical() * g
     d_drive = _real(g).sum_to_size(drive.shape) if rule.scaled else torch.zeros_like(drive)
-    if dt_input is None:
+    if p.dt_input is None:
         d_decay, d_drive = d_decay + d_drive, None
-    found = (*_parts(dA, A, A_im), d_decay, d_drive, *_parts(dB, B, B_im))
+    found = (*_parts(dA, p.A, p.A_im), d_decay, d_drive, *_parts(dB, p.B, p.B_im))
     return tuple(dt.new_empty(0) if t is None else t.contiguous() for t in found)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -16,6 +16,24 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _DEFAULTS: dict[str, Callable[..., Any]] = {}
 _KERNELS: dict[tuple[str, str], list[Callable[..., Any]]] = {}  # (name, device), newest last
 _REGISTERED: list[torch.library.Library] = []
+_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", float: "float", int: "int",
+    str: "str",
+}  # fmt: skip
+
+
+def parameters(record: type[NamedTuple]) -> str:
+    """Return the parameters of a leaf operator as `define` wants them.
+
+    A leaf of many arguments has a record of them beside its default implementation, which is the
+    one list of their names, types and order: every implementation begins with
+    ``p = Arguments(*arguments)``.
+    """
+    types, defaults = get_type_hints(record), record._field_defaults
+    return ", ".join(
+        f"{_TYPES[types[name]]} {name}" + (f"={defaults[name]}" if name in defaults else "")
+        for name in record._fields
+    )
 
 
 def define(

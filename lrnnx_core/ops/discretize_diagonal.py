@@ -8,14 +8,14 @@ real tensors, as parameters are stored.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lrnnx_core import discretize as schemes
 from lrnnx_core.backends import cpu, cuda, cuda_discretize, library
-from lrnnx_core.backends.discretization import formula, gradients
+from lrnnx_core.backends.discretization import Arguments, formula, gradients
 from lrnnx_core.backends.transforms import allow_in_graph
 from lrnnx_core.ops._fused import Signature, fused
 from lrnnx_core.types import Discrete, Discretization, Number, TimestepMode
@@ -151,25 +151,13 @@ def _ready(t: Tensor | None, rank: int, real: torch.dtype) -> Tensor | None:
     return t if t.ndim == rank else t.reshape((1,) * (rank - t.ndim) + t.shape)
 
 
-class Arguments(NamedTuple):
-    """The tensors of the leaf operator, all of one rank, broadcastable."""
-
-    A: Tensor
-    A_im: Tensor | None
-    dt: Tensor
-    dt_input: Tensor | None
-    B: Tensor | None
-    B_im: Tensor | None
-
-
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    x = Arguments(*arguments[:6])
-    drive = x.dt if x.dt_input is None else x.dt_input
-    own = () if x.B is None else (x.B.shape,)
-    kind = x.A.dtype if x.A_im is None else torch.promote_types(x.A.dtype, torch.complex64)
+    p = Arguments(*arguments)
+    own = () if p.B is None else (p.B.shape,)
+    kind = p.A.dtype if p.A_im is None else torch.promote_types(p.A.dtype, torch.complex64)
     return (
-        x.A.new_empty(torch.broadcast_shapes(x.A.shape, x.dt.shape), dtype=kind),
-        x.A.new_empty(torch.broadcast_shapes(x.A.shape, drive.shape, *own), dtype=kind),
+        p.A.new_empty(torch.broadcast_shapes(p.A.shape, p.dt.shape), dtype=kind),
+        p.A.new_empty(torch.broadcast_shapes(p.A.shape, p.drive.shape, *own), dtype=kind),
     )
 
 
@@ -178,10 +166,7 @@ def _fake_backward(grad_A_bar: Tensor, grad_B_bar: Tensor, *rest: Any) -> tuple[
     return tuple(absent.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest[:6])
 
 
-_ARGUMENTS = (
-    "Tensor A, Tensor? A_im, Tensor dt, Tensor? dt_input, Tensor? B, Tensor? B_im, str scheme, "
-    "float alpha"
-)
+_ARGUMENTS = library.parameters(Arguments)
 _leaf = library.define(
     f"discretize_diagonal({_ARGUMENTS}) -> (Tensor, Tensor)", default=formula, fake=_fake
 )
@@ -200,22 +185,22 @@ _apply = fused(
 
 
 def _operator(*arguments: Any) -> tuple[Tensor, Tensor]:
-    x, scheme = Arguments(*arguments[:6]), arguments[6]
-    if not _compiled(x, scheme):
-        return formula(*arguments)
-    if scheme == "zoh" and x.dt_input is not None and x.A.is_cpu:  # its kernel has one step
-        drive = x._replace(dt=x.dt_input, dt_input=None)
-        return torch.exp(x.dt * joined((x.A, x.A_im))), _apply(*drive, *arguments[6:])[1]
-    A_bar, B_bar = _apply(*arguments)
+    p = Arguments(*arguments)
+    if not _compiled(p):
+        return formula(*p)
+    if p.scheme == "zoh" and p.dt_input is not None and p.A.is_cpu:  # its kernel has one step
+        drive = p._replace(dt=p.dt_input, dt_input=None)
+        return torch.exp(p.dt * joined((p.A, p.A_im))), _apply(*drive)[1]
+    A_bar, B_bar = _apply(*p)
     return A_bar, B_bar
 
 
-def _compiled(x: Arguments, scheme: str) -> bool:
+def _compiled(p: Arguments) -> bool:
     """Return whether there is a kernel: what PyTorch computes it can differentiate as well."""
-    if x.A.is_cuda:
+    if p.A.is_cuda:
         return cuda.ready()
-    complex_ = x.A_im is not None or x.A.is_complex()
-    return x.A.is_cpu and scheme == "zoh" and complex_ and cpu.in_force()
+    complex_ = p.A_im is not None or p.A.is_complex()
+    return p.A.is_cpu and p.scheme == "zoh" and complex_ and cpu.in_force()
 
 
 allow_in_graph(_operator)

@@ -1,49 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""The RG-LRU's gates and recurrence in one operator.
-
-Built like `selective_scan`: one forward and one backward leaf, the latter a first derivative only.
-Where more is asked for (two levels of torch.func, or any forward mode) the public function runs a
-composite of differentiable pieces, and a second derivative of an eager graph goes through the
-derivative of that composite.
-"""
+"""The RG-LRU's gates and recurrence in one operator, by `lrnnx_core.ops._fused`."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrnnx_core.backends import blocked_rg_lru, cpu, cuda_rg_lru, library, reference
-from lrnnx_core.backends.transforms import (
-    allow_in_graph,
-    differentiation_depth,
-    dual_level_active,
-    forward_mode_depth,
-    full_precision,
-    positional_only,
-)
+from lrnnx_core.backends.blocked_rg_lru import Arguments
+from lrnnx_core.backends.transforms import allow_in_graph, full_precision
+from lrnnx_core.ops._fused import Signature, fused
 from lrnnx_core.ops.guarded_sqrt import guarded_sqrt
 from lrnnx_core.ops.linear_scan import linear_scan
 from lrnnx_core.types import Backend, TimestepMode
-
-
-class Arguments(NamedTuple):
-    """The tensors of the leaf operator, in its order; ranks as `blocked_rg_lru` states them."""
-
-    x: Tensor
-    input_gate: Tensor
-    recurrent_gate: Tensor
-    rate: Tensor
-    input_bias: Tensor | None
-    recurrent_bias: Tensor | None
-    h0: Tensor | None
-    timesteps: Tensor | None
-    reset: Tensor | None
-    mask: Tensor | None
-
-
-TENSORS = len(Arguments._fields)
 
 
 def rg_lru_scan(
@@ -99,34 +70,33 @@ def rg_lru_scan(
         raise ValueError(
             f"rg_lru_scan: timestep_mode {timestep_mode!r}, expected 'both' or 'state_only'"
         )
-    dtype, state_only = x.dtype, timestep_mode == "state_only"
     with full_precision(x.device):
         arguments = _prepare(
             Arguments(
                 x, input_gate, recurrent_gate, rate, input_bias, recurrent_bias, h0,
-                integration_timesteps, reset, mask,
+                integration_timesteps, reset, mask, timestep_mode == "state_only", start_rule,
             )
         )  # fmt: skip
         if backend == "reference":
-            h, last = _composite(arguments, state_only, start_rule, backend)
+            h, last = _composite(*arguments, backend=backend)
         else:
-            h, last = _rg_lru_scan(*arguments, state_only, start_rule)
-    return h.to(dtype), last
+            h, last = _rg_lru_scan(*arguments)
+    return h.to(x.dtype), last
 
 
-def _prepare(x: Arguments) -> Arguments:
+def _prepare(p: Arguments) -> Arguments:
     """Check the arguments and bring them to the ranks and dtypes of the leaf operator."""
-    if x.x.ndim < 2:
-        raise ValueError(f"rg_lru_scan: x {tuple(x.x.shape)}, expected (..., L, W)")
-    length, width = x.x.shape[-2:]
+    if p.x.ndim < 2:
+        raise ValueError(f"rg_lru_scan: x {tuple(p.x.shape)}, expected (..., L, W)")
+    length, width = p.x.shape[-2:]
     ends = dict.fromkeys(("x", "input_gate", "recurrent_gate"), (length, width))
     ends |= {"h0": (width,)} | dict.fromkeys(("timesteps", "reset", "mask"), (length,))
     batches: dict[str, torch.Size] = {}
-    for name, value in zip(Arguments._fields, x, strict=True):
-        if value is None:
+    for name, value in zip(Arguments._fields, p, strict=True):
+        if not isinstance(value, Tensor):
             continue
-        if value.device != x.x.device:
-            raise ValueError(f"rg_lru_scan: {name} is on {value.device} and x on {x.x.device}")
+        if value.device != p.x.device:
+            raise ValueError(f"rg_lru_scan: {name} is on {value.device} and x on {p.x.device}")
         flags = name in ("reset", "mask")
         if value.dtype != torch.bool if flags else not value.is_floating_point():
             expected = "bool" if flags else "a real floating one"
@@ -147,42 +117,39 @@ def _prepare(x: Arguments) -> Arguments:
     except RuntimeError:
         got = ", ".join(f"{n} {tuple(s)}" for n, s in batches.items())
         raise ValueError(f"rg_lru_scan: batch axes do not broadcast: {got}") from None
-    dtype = torch.promote_types(x.x.dtype, x.input_gate.dtype)
-    dtype = torch.promote_types(dtype, x.recurrent_gate.dtype)
-    wide = torch.promote_types(reference.state_dtype(dtype), x.rate.dtype)
+    dtype = torch.promote_types(p.x.dtype, p.input_gate.dtype)
+    dtype = torch.promote_types(dtype, p.recurrent_gate.dtype)
+    wide = torch.promote_types(reference.state_dtype(dtype), p.rate.dtype)
     if wide != reference.state_dtype(dtype):
         dtype = wide
 
-    def ready(name: str, value: Tensor | None) -> Tensor | None:
-        if value is None:
-            return None
+    def ready(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
         if name not in ("reset", "mask"):
             value = value.to(dtype if len(ends.get(name, ())) == 2 else wide)
         lead = batches.get(name)
         return value if lead is None or lead == batch else value.expand(*batch, *ends[name])
 
-    return Arguments(*(ready(n, v) for n, v in zip(Arguments._fields, x, strict=True)))  # pyright: ignore[reportArgumentType]
+    return Arguments(*(ready(n, v) for n, v in zip(Arguments._fields, p, strict=True)))
 
 
-def _composite(
-    arguments: Arguments, state_only: bool, start_rule: bool, backend: Backend = "auto"
-) -> tuple[Tensor, Tensor]:
+def _composite(*arguments: Any, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """Compose the operator of differentiable pieces: right to any order."""
-    x, input_gate, recurrent_gate, rate, input_bias, recurrent_bias, h0, tau, reset, mask = (
-        arguments
-    )
+    p = Arguments(*arguments)
+    x, tau, reset, mask = p.x, p.timesteps, p.reset, p.mask
     wide = reference.state_dtype(x.dtype)
     i, r = (
         torch.sigmoid(g.to(wide) if bias is None else g.to(wide) + bias)
-        for g, bias in ((input_gate, input_bias), (recurrent_gate, recurrent_bias))
+        for g, bias in ((p.input_gate, p.input_bias), (p.recurrent_gate, p.recurrent_bias))
     )
-    log_a = -rate * r
+    log_a = -p.rate * r
     timed = log_a if tau is None else tau.unsqueeze(-1) * log_a
-    m = guarded_sqrt(-torch.expm1(2 * (log_a if state_only else timed)))
+    m = guarded_sqrt(-torch.expm1(2 * (log_a if p.state_only else timed)))
     a = torch.exp(timed)
-    if start_rule:
+    if p.start_rule:
         starts = torch.zeros(x.shape[-2], dtype=torch.bool, device=x.device)
-        if h0 is None:
+        if p.h0 is None:
             starts = torch.arange(x.shape[-2], device=x.device) == 0
         starts = starts if reset is None else starts | reset
         m = torch.where(starts.unsqueeze(-1), torch.ones_like(m), m)
@@ -192,95 +159,11 @@ def _composite(
         kept = mask.unsqueeze(-1)
         a = torch.where(kept, a, torch.ones_like(a))
         b = torch.where(kept, b, torch.zeros_like(b))
-    h, last = linear_scan(a, b, h0, reset=reset, backend=backend)
+    h, last = linear_scan(a, b, p.h0, reset=reset, backend=backend)
     return h.to(x.dtype), last
 
 
-def _rg_lru_scan(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrent_gate: Tensor,
-    rate: Tensor,
-    input_bias: Tensor | None,
-    recurrent_bias: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    start_rule: bool,
-) -> tuple[Tensor, Tensor]:
-    arguments = Arguments(
-        x, input_gate, recurrent_gate, rate, input_bias, recurrent_bias, h0, timesteps, reset, mask
-    )
-    if differentiation_depth() > 1 or forward_mode_depth() or dual_level_active():
-        return _composite(arguments, state_only, start_rule)
-    return _Gated.apply(*arguments, state_only, start_rule)
-
-
-class _Gated(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _leaf(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.choices = inputs[TENSORS:]
-        ctx.save_for_backward(output[0], *inputs[:TENSORS])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, *inputs = ctx.saved_tensors
-        results = _GatedBackward.apply(h, *grads, *inputs, *ctx.choices)
-        gradients = [g if t is not None else None for g, t in zip(results, inputs, strict=False)]
-        return (*gradients, None, None, *(None,) * len(ctx.choices))
-
-
-class _GatedBackward(torch.autograd.Function):
-    """(h, grad_h, grad_last, inputs) -> gradients; h counts as a function of the inputs here."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        return _leaf_backward(*inputs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.choices = inputs[3 + TENSORS :]
-        ctx.save_for_backward(*inputs[1 : 3 + TENSORS])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_h, grad_last, *inputs = ctx.saved_tensors
-        present = [i for i, t in enumerate(inputs[:-2]) if t is not None]
-
-        def forward(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-            arguments = list(inputs)
-            for i, t in zip(present, tensors, strict=True):
-                arguments[i] = t
-            return _composite(Arguments(*arguments), *ctx.choices)
-
-        def gradient(grad_h: Tensor, grad_last: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            pull = torch.func.vjp(forward, *tensors)[1]
-            return pull((grad_h, grad_last))
-
-        pull = torch.func.vjp(gradient, grad_h, grad_last, *(inputs[i] for i in present))[1]
-        g_h, g_last, *g_inputs = pull(tuple(grads[i] for i in present))
-        result: list[Tensor | None] = [None] * (3 + TENSORS + len(ctx.choices))
-        result[1], result[2] = g_h, g_last
-        for i, g in zip(present, g_inputs, strict=True):
-            result[3 + i] = g
-        return tuple(result)
-
-
-_ARGUMENTS = (
-    "Tensor x, Tensor input_gate, Tensor recurrent_gate, Tensor rate, Tensor? input_bias, "
-    "Tensor? recurrent_bias, Tensor? h0, Tensor? timesteps, Tensor? reset, Tensor? mask, "
-    "bool state_only, bool start_rule"
-)
+_ARGUMENTS = library.parameters(Arguments)
 
 
 def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -289,7 +172,7 @@ def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_backward(h: Tensor, grad_h: Tensor, grad_last: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    tensors = rest[: TENSORS - 2]
+    tensors = rest[:8]
     like = [grad_last.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors]
     like[6] = grad_last.new_empty(grad_last.shape)
     return tuple(like)
@@ -302,12 +185,23 @@ _leaf = library.define(
 )
 _leaf_backward = library.define(
     f"rg_lru_scan_backward(Tensor h, Tensor grad_h, Tensor grad_last, {_ARGUMENTS}) "
-    f"-> ({', '.join(['Tensor'] * (TENSORS - 2))})",
+    f"-> ({', '.join(['Tensor'] * 8)})",
     default=blocked_rg_lru.gradients,
     fake=_fake_backward,
 )
-for _function in (_Gated.forward, _GatedBackward.forward):
-    positional_only(_function)
+_apply = fused(
+    _leaf,
+    _leaf_backward,
+    _composite,
+    Signature(tensors=10, differentiable=8, choices=2, outputs=2, remembered=(0,)),
+)
+
+
+def _rg_lru_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
+    h, last = _apply(*arguments)
+    return h, last
+
+
 allow_in_graph(_rg_lru_scan)
 _CUDA = cuda_rg_lru.implement()
 _CPU = cpu.implement("rg_lru", "rg_lru_scan", "rg_lru_scan_backward")

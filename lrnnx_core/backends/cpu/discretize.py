@@ -7,6 +7,8 @@ Of the schemes it is the one that takes more than a few operations of PyTorch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,26 +26,19 @@ from lrnnx_core.backends.cpu.mathematics import (
 )
 from lrnnx_core.backends.cpu.selective_schemes import ZOH, complex_gain_slope, polar, times
 from lrnnx_core.backends.cpu.step_memory import LIKE, address, at, peek, put, take
-from lrnnx_core.backends.discretization import Layout
+from lrnnx_core.backends.discretization import Arguments, Layout
 
 WIDE = torch.float64
 COST = {"forward": 6.0, "backward": 16.0}  # nanoseconds of an element
 
 
-def discretize_diagonal(
-    A: Tensor,
-    A_im: Tensor | None,
-    dt: Tensor,
-    dt_input: Tensor | None,
-    B: Tensor | None,
-    B_im: Tensor | None,
-    scheme: str,
-    alpha: float,
-) -> tuple[Tensor, Tensor]:
+def discretize_diagonal(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Leaf: (A_bar, B_bar), as `discretization.formula`."""
-    x = _laid(A, A_im, dt, dt_input, B, B_im, scheme)
+    given = Arguments(*arguments)
+    x = _laid(given)
     if x is None:
-        return discretization.formula(A, A_im, dt, dt_input, B, B_im, scheme, alpha)
+        return discretization.formula(*given)
+    dt = given.dt
     p, values, keep = x
     decay, gain = (torch.empty(p.shape, dtype=dt.dtype.to_complex()) for _ in range(2))
     if decay.numel():
@@ -57,23 +52,14 @@ def discretize_diagonal(
 
 
 def discretize_diagonal_backward(
-    grad_A_bar: Tensor,
-    grad_B_bar: Tensor,
-    A: Tensor,
-    A_im: Tensor | None,
-    dt: Tensor,
-    dt_input: Tensor | None,
-    B: Tensor | None,
-    B_im: Tensor | None,
-    scheme: str,
-    alpha: float,
+    grad_A_bar: Tensor, grad_B_bar: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     """Leaf: the gradients of all tensors, as `discretization.gradients`."""
-    x = _laid(A, A_im, dt, dt_input, B, B_im, scheme)
+    given = Arguments(*arguments)
+    x = _laid(given)
     if x is None:
-        return discretization.gradients(
-            grad_A_bar, grad_B_bar, A, A_im, dt, dt_input, B, B_im, scheme, alpha
-        )
+        return discretization.gradients(grad_A_bar, grad_B_bar, *given)
+    A, A_im, dt, _, B, B_im, *_ = given
     p, values, keep = x
     shape = (1,) * p.summed + p.shape[p.summed :]
     # summed over time in float64: one after the other, float32 numbers would drift
@@ -111,24 +97,16 @@ def warm() -> None:
         discretize_diagonal_backward(*discretize_diagonal(*arguments), *arguments)
 
 
-def _laid(
-    A: Tensor,
-    A_im: Tensor | None,
-    dt: Tensor,
-    dt_input: Tensor | None,
-    B: Tensor | None,
-    B_im: Tensor | None,
-    scheme: str,
-) -> tuple[Layout, list[int], list[Tensor]] | None:
+def _laid(x: Arguments) -> tuple[Layout, list[int], list[Tensor]] | None:
     """Return the layout, what kernels get of the inputs, and what has to live; None for PyTorch's.
 
     Rows of states are compact: of steps that all states share there are copies.
     """
-    complex_ = A.is_complex() or A_im is not None
-    if scheme != "zoh" or not complex_ or dt_input is not None:
+    complex_ = x.A.is_complex() or x.A_im is not None
+    if x.scheme != "zoh" or not complex_ or x.dt_input is not None:
         return None
-    shape = discretization.together(A, dt)
-    if discretization.together(A, dt, B) != shape:
+    shape = discretization.together(x.A, x.dt)
+    if discretization.together(x.A, x.dt, x.B) != shape:
         return None
     states = shape[-1]
 
@@ -139,7 +117,7 @@ def _laid(
         t = t if t.shape[-1] == states else t.expand(*t.shape[:-1], states)
         return t if t.stride(-1) == 1 or states == 1 else t.contiguous()
 
-    parts = [rows(t) for t in (*_parts(A, A_im), *_parts(B, B_im), dt)]
+    parts = [rows(t) for t in (*_parts(x.A, x.A_im), *_parts(x.B, x.B_im), x.dt)]
     absent = (0,) * len(shape)
     strides = tuple(absent if t is None else discretization.strides(t) for t in parts)
     p = discretization.layout(tuple(shape), discretization.shared(*parts[:4]), strides)

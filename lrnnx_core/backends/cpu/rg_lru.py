@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrnnx_core.backends import blocked_rg_lru
+from lrnnx_core.backends.blocked_rg_lru import LEAST_ROOT, Arguments
 from lrnnx_core.backends.cpu import mathematics, pool
 from lrnnx_core.backends.cpu.compiling import inline, jit
 from lrnnx_core.backends.cpu.mathematics import (
@@ -49,7 +49,7 @@ _powers: Any = mathematics._powers
 _select: Any = mathematics._select
 
 BLOCK = 512
-_least = _constant(blocked_rg_lru.LEAST_ROOT, blocked_rg_lru.LEAST_ROOT)
+_least = _constant(LEAST_ROOT, LEAST_ROOT)
 FLUSH = 64  # steps between additions to the sums in float64
 DOUBLE = ONES[torch.float64]
 # Rows of scratch: parameters, zeros, the coming cotangent, sums over steps, a term of the times'.
@@ -58,57 +58,23 @@ RATE, INPUT, RECURRENT, ZERO, COMING, D_RATE, D_INPUT, D_RECURRENT, D_TIME, ROWS
 )
 
 
-def rg_lru_scan(
-    x: Tensor,
-    input_gate: Tensor,
-    recurrent_gate: Tensor,
-    rate: Tensor,
-    input_bias: Tensor | None,
-    recurrent_bias: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    start_rule: bool,
-) -> tuple[Tensor, Tensor]:
+def rg_lru_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Leaf: see `lrnnx_core.backends.blocked_rg_lru.rg_lru_scan`."""
-    p = _Problem(
-        x, input_gate, recurrent_gate, rate, input_bias, recurrent_bias, h0, timesteps, reset, mask,
-        2.5,
-    )  # fmt: skip
+    p = _Problem(Arguments(*arguments), 2.5)
+    x = p.given.x
     h = torch.empty(x.shape, dtype=p.dtype)
     last = torch.empty((*x.shape[:-2], p.W), dtype=p.dtype)
     if p.items:
-        pool.run(
-            _forward, p.workers, p.items, address(h), address(last), *p.arguments, state_only,
-            start_rule, p.one.itemsize, p.one,
-        )  # fmt: skip
+        pool.run(_forward, p.workers, p.items, address(h), address(last), *p.arguments)
     return h if x.dtype is p.dtype else h.to(x.dtype), last
 
 
 def rg_lru_scan_backward(
-    h: Tensor,
-    grad_h: Tensor,
-    grad_last: Tensor,
-    x: Tensor,
-    input_gate: Tensor,
-    recurrent_gate: Tensor,
-    rate: Tensor,
-    input_bias: Tensor | None,
-    recurrent_bias: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    start_rule: bool,
+    h: Tensor, grad_h: Tensor, grad_last: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     """Leaf: the gradients, of shape (0,) where the input was None (h0's is always given)."""
-    p = _Problem(
-        x, input_gate, recurrent_gate, rate, input_bias, recurrent_bias, h0, timesteps, reset, mask,
-        5.0,
-    )  # fmt: skip
+    p = _Problem(Arguments(*arguments), 5.0)
+    x, timesteps = p.given.x, p.given.timesteps
     dx, d_input, d_recurrent = (torch.empty(x.shape, dtype=p.dtype) for _ in range(3))
     dh0 = torch.empty((*x.shape[:-2], p.W), dtype=p.dtype)
     dtime = torch.zeros(p.blocks if timesteps is not None else 0, p.P * p.R, p.L, dtype=p.dtype)
@@ -119,8 +85,7 @@ def rg_lru_scan_backward(
         pool.run(
             _backward, p.workers, p.items, address(dx), address(d_input), address(d_recurrent),
             address(dh0), address(dtime) if timesteps is not None else 0, address(sums), p.P,
-            *states.layout, *cotangents.layout, address(to_last), *p.arguments, state_only,
-            start_rule, p.one.itemsize, p.one,
+            *states.layout, *cotangents.layout, address(to_last), *p.arguments,
         )  # fmt: skip
     total = sums.sum(0)
 
@@ -133,9 +98,9 @@ def rg_lru_scan_backward(
         dx.to(x.dtype),
         d_input.to(x.dtype),
         d_recurrent.to(x.dtype),
-        parameter(0, rate),
-        parameter(1, input_bias),
-        parameter(2, recurrent_bias),
+        parameter(0, p.given.rate),
+        parameter(1, p.given.input_bias),
+        parameter(2, p.given.recurrent_bias),
         dh0,
         grad_last.new_empty(0) if timesteps is None else dtime.sum(0).reshape(timesteps.shape),
     )
@@ -144,21 +109,9 @@ def rg_lru_scan_backward(
 class _Problem:
     """The arguments that both kernels take, and how the work is divided."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        input_gate: Tensor,
-        recurrent_gate: Tensor,
-        rate: Tensor,
-        input_bias: Tensor | None,
-        recurrent_bias: Tensor | None,
-        h0: Tensor | None,
-        timesteps: Tensor | None,
-        reset: Tensor | None,
-        mask: Tensor | None,
-        nanoseconds: float,
-    ) -> None:
-        batch, shared = x.shape[:-2], rate.ndim - 1
+    def __init__(self, given: Arguments, nanoseconds: float) -> None:
+        self.given, x = given, given.x
+        batch, shared = x.shape[:-2], given.rate.ndim - 1
         self.P, self.R = math.prod(batch[:shared]), math.prod(batch[shared:])
         self.L, self.W = x.shape[-2:]
         self.dtype = dtype = state_dtype(x.dtype)
@@ -177,19 +130,17 @@ class _Problem:
         self.items = count * self.blocks
         self.workers = max(1, min(self.workers, self.items))
         self.scratch = torch.empty(self.workers, ROWS, dtype=dtype)
-        sequences = [
-            rows(t, dtype, self.P, self.R, self.L, self.W) for t in (x, input_gate, recurrent_gate)
+        sequences = [rows(t, dtype, self.P, self.R, self.L, self.W) for t in given.sequences]
+        others = [
+            *(packed(t, dtype) for t in (*given.parameters, given.h0, given.timesteps)),
+            packed(given.reset, torch.bool),
+            packed(given.mask, torch.bool),
         ]
-        given = [
-            *(packed(t, dtype) for t in (rate, input_bias, recurrent_bias, h0, timesteps)),
-            packed(reset, torch.bool),
-            packed(mask, torch.bool),
-        ]
-        self.held = (sequences, given)
+        self.held = (sequences, others)
         self.arguments: tuple[Any, ...] = (
             *sequences[0].layout, *sequences[1].layout, *sequences[2].layout,
-            *(address(t) for t in given), address(self.scratch), self.R, self.L, self.W,
-            self.blocks, wide,
+            *(address(t) for t in others), address(self.scratch), self.R, self.L, self.W,
+            self.blocks, wide, *given.choices, self.one.itemsize, self.one,
         )  # fmt: skip
 
 
