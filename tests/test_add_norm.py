@@ -42,7 +42,8 @@ def fused(x: Tensor, *rest: Tensor, branch: bool = True) -> tuple[Tensor, ...]:
     """Run what runs on a GPU, here over the leaf operators in plain PyTorch."""
     weight, *bias = rest[branch:]
     given = rest[0] if branch else None
-    total, y = _add_norm(x, given, weight, bias[0] if bias else None, EPS, bool(bias), x.dtype)
+    shift = bias[0] if bias else None
+    total, y = _add_norm(x, given, weight, shift, EPS, shift is not None, x.dtype)
     return (total if branch else x), y
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lrnnx_core.models._dplr import System, conjugate, inverse
 from lrnnx_core.ops import cauchy
+from lrnnx_core.ops._spectra import along
 
 
 def kernel(C: Tensor, system: System, length: int, B: Tensor | None = None) -> Tensor:
@@ -38,7 +39,7 @@ def kernel(C: Tensor, system: System, length: int, B: Tensor | None = None) -> T
     theta = theta * (torch.pi / length)
     at = torch.cos(theta).to(two.dtype), torch.sin(theta).to(two.dtype)
     spectrum = _woodbury(C, system, lambda v: cauchy(v, system.z, two, length), *at, B)
-    return torch.fft.irfft(spectrum, n=length, dim=-2)
+    return along(torch.fft.irfft, spectrum, length, -2)
 
 
 def response(C: Tensor, system: System, omega: Tensor) -> Tensor:

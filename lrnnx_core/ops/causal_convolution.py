@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lrnnx_core.ops._spectra import along
+
 
 def causal_convolution(u: Tensor, K: Tensor, *, mimo: bool = False) -> Tensor:
     """Compute y_t = sum_{s <= t} K_s u_{t-s}.
@@ -36,21 +38,11 @@ def causal_convolution(u: Tensor, K: Tensor, *, mimo: bool = False) -> Tensor:
         now = K.sum(-2 - mimo, keepdim=True)  # K_0, or zeros where there is no tap or no sample
         return _apply(now, u, mimo).to(result)
     n = fast_length(length + size - 1)
-    if torch.compiler.is_compiling() and not mimo:
-        # torch 2.11 takes what a transform gives for contiguous, which it is along the last axis
-        return _transformed(u.mT, K.mT, n, length).mT.to(result)
-    if dtype.is_complex:
-        spectrum = _apply(torch.fft.fft(K, n, dim=-2 - mimo), torch.fft.fft(u, n, dim=-2), mimo)
-        return torch.fft.ifft(spectrum, n, dim=-2)[..., :length, :].to(result)
-    spectrum = _apply(torch.fft.rfft(K, n, dim=-2 - mimo), torch.fft.rfft(u, n, dim=-2), mimo)
-    return torch.fft.irfft(spectrum, n, dim=-2)[..., :length, :].to(result)
-
-
-def _transformed(u: Tensor, K: Tensor, n: int, length: int) -> Tensor:
     forward, inverse = torch.fft.rfft, torch.fft.irfft
-    if u.is_complex():
+    if dtype.is_complex:
         forward, inverse = torch.fft.fft, torch.fft.ifft
-    return inverse(forward(K, n) * forward(u, n), n)[..., :length]
+    spectrum = _apply(along(forward, K, n, -2 - mimo), along(forward, u, n, -2), mimo)
+    return along(inverse, spectrum, n, -2)[..., :length, :].to(result)
 
 
 def fast_length(n: int) -> int:

@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from lrnnx_core.ops._spectra import along
 from lrnnx_core.ops.causal_convolution import causal_convolution, fast_length
 from lrnnx_core.ops.contract import (
     FREQUENCY,
@@ -138,17 +139,16 @@ def _in_frequency(
     """
     length = u.shape[-2]
     n = fast_length(length + K.shape[0] - 1)
-    U = torch.fft.rfft(u, n, dim=-2)
+    U = along(torch.fft.rfft, u, n, -2)
     if K.is_complex():
-        re, im = torch.fft.rfft(K.real, n, dim=0), 1j * torch.fft.rfft(K.imag, n, dim=0)
+        re, im = (along(torch.fft.rfft, part, n, 0) for part in (K.real, K.imag))
+        im = 1j * im
         F = torch.cat([re + im, re - im], dim=1)
         B = torch.cat([B, torch.complex(B.real, -B.imag)], dim=0)
         C = 0.5 * torch.cat([C, torch.complex(C.real, -C.imag)], dim=1)
     else:
-        F = torch.fft.rfft(K, n, dim=0)
+        F = along(torch.fft.rfft, K, n, 0)
         B, C = B.to(F.dtype), C.to(F.dtype)
-    if torch.compiler.is_compiling():  # torch 2.11 takes every transform for contiguous: it is then
-        U, F = (t.clone(memory_format=torch.contiguous_format) for t in (U, F))
     batch = u.shape[:-2]
     U = U.reshape(-1, *U.shape[-2:])
     if steps is None:
@@ -156,7 +156,7 @@ def _in_frequency(
     else:
         Y = _contract(FREQUENCY, [U, F, B, C], steps)
     Y = Y.reshape(*batch, *Y.shape[-2:])
-    return torch.fft.irfft(Y, n, dim=-2)[..., :length, :]
+    return along(torch.fft.irfft, Y, n, -2)[..., :length, :]
 
 
 def _contract(

@@ -167,7 +167,7 @@ class StagedNetwork(nn.Module):
         y = self.norm(now.y)
         if valid is not None:
             y = torch.where(valid.unsqueeze(-1), y, torch.zeros_like(y))
-        return now._replace(y=y)
+        return Grouped(y, *now[1:])  # torch 2.11 cannot compile a _replace that is returned
 
     def _stages(self) -> Iterator[tuple[Stage, nn.Module, list[Any]]]:
         """Yield every stage, the map in front of it, and its blocks."""
