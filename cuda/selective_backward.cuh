@@ -54,11 +54,6 @@ struct Own {
     alignas(16) T z[2][GATE ? SLOT : 1];
 };
 
-// The slot of the SUB steps j of a chunk in `Own`.
-__device__ __forceinline__ int slot_of(long long chunk, int j) {
-    return j ? j : chunk % 2 ? SUBS : 0;
-}
-
 struct Coming {  // of the chunk to come
     alignas(16) Matrix B[B_VARIES ? CHUNK * N : 1];
     alignas(16) Matrix C[C_VARIES ? CHUNK * N : 1];

@@ -1,20 +1,11 @@
 // SPDX-License-Identifier: MIT
-// The sums over time in the backward of the selective scan, in two levels: a lane's of a chunk in registers, those of
-// all its chunks in shared memory.
+// The sums over time in the backward of the selective scan, in two levels: a lane's of a chunk in registers,
+// those of all its chunks in shared memory.
 #pragma once
 #include "selective_backward_chain.cuh"
 #include "selective_backward_step.cuh"
 
-// Clear what is added to over time.
-__device__ __forceinline__ void clear_totals(Shared& shared, const Elements& mine) {
-    for (Real(&total)[SLOT] : shared.over_time)
-        for (int v = 0; v < V; ++v) total[mine.slot + v] = Real(0);
-    for (State(&total)[PACK * S][THREADS] : shared.totals)
-#pragma unroll
-        for (int i = 0; i < PACK * S; ++i) total[i][threadIdx.x] = Number::zero();
-}
-
-// Add a chunk's totals to those over all of time, and clear them.
+// Add what a chunk gave to the sums over all of time, and clear it.
 __device__ __forceinline__ void add_up(Shared& shared, Totals& totals, Sums& over, const Elements& mine) {
     const auto close = [&](int which, State(&x)[PACK][S]) {
 #pragma unroll

@@ -57,7 +57,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (DECAY == 1)
             shared.parameters[DECAY == 1 ? 2 : 0][i] = exists ? constant_decay(in.decay_dt, at, i) : Real(0);
     }
-    clear_totals(shared, mine);
+    for (Real(&total)[SLOT] : shared.over_time)
+        for (int v = 0; v < V; ++v) total[mine.slot + v] = Real(0);
+    for (State(&total)[PACK * S][THREADS] : shared.totals)
+#pragma unroll
+        for (int i = 0; i < PACK * S; ++i) total[i][threadIdx.x] = Number::zero();
     __syncthreads();
 
     Pole<State> pole[PACK][S];
@@ -85,6 +89,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
     const Sequences sequences(p, at, mine);
     const Copies copies(in, at);
+    // slot of the SUB steps j of a chunk
+    const auto slot_of = [](long long chunk, int j) { return j ? j : chunk % 2 ? SUBS : 0; };
+
     fetch(shared.coming, copies, size, (chunks - 1) * CHUNK);
 #pragma unroll 1
     for (int j = 0; j < SUBS; ++j)
