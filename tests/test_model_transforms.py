@@ -296,7 +296,9 @@ def test_compiled_function(case: Case, mode: str, name: str) -> None:
     expect_same(case, mode, name, table.compiled_function)
 
 
-@pytest.mark.parametrize("name", ["grad", "vmap(grad)", "jvp", "jacrev", "jacfwd"])
+@pytest.mark.parametrize(
+    "name", sorted({"grad", "vmap(grad)", "jvp", "jacrev", "jacfwd"} & {*table.COMPILED})
+)
 @first_variants
 @pytest.mark.slow
 def test_compiled_transform(case: Case, mode: str, name: str) -> None:

@@ -449,7 +449,9 @@ def test_compiled_functions_agree_with_the_loop(variant: str, name: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["grad", "vmap(grad)", "jvp", "jacrev", "jacfwd", "hessian"])
+@pytest.mark.parametrize(
+    "name", sorted({"grad", "vmap(grad)", "jvp", "jacrev", "jacfwd", "hessian"} & {*table.COMPILED})
+)
 @one_of_each
 def test_compiled_transforms_agree_with_the_loop(variant: str, name: str) -> None:
     f, x = problem({"variant": variant}, "scan")

@@ -799,7 +799,7 @@ def test_peak_memory_grows_by_a_fraction_of_all_states() -> None:
         x = {k: v.float().requires_grad_() for k, v in x.items()}
         gc.collect()
         live = top = 0
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             y, last = selective_scan(**x)
             torch.autograd.grad(y.sum() + last.sum(), list(x.values()))
         for event in profile.profiler.kineto_results.events():
