@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -122,6 +123,16 @@ def test_tiny_runs_write_nothing_and_unknown_names_are_refused(
 
     assert run("conv1d", "--tiny", "--quick") == 0
     assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "run", lambda *_: {"cases": {}})
+        patch.setattr(timing, "ROOT", tmp_path)
+        patch.setattr(sys, "argv", ["benchmarks", "conv1d", "--quick"])
+        assert runner.main() == 0
+        assert not list(tmp_path.iterdir())  # times of others are not lost
+        patch.setattr(sys, "argv", ["benchmarks", "conv1d"])
+        assert runner.main() == 0
+        assert (tmp_path / "docs" / "benchmarks" / "cuda_conv1d.json").exists()
+    shutil.rmtree(tmp_path / "docs")
     with pytest.raises(SystemExit):
         run("no_such")
     assert "no benchmark 'no_such'" in capsys.readouterr().err

@@ -486,6 +486,9 @@ def test_doctor_says_whether_kernels_are_in_force_and_where_they_are_kept(
     monkeypatch.setenv("LRNNX_CPU_BACKEND", "torch")
     assert main(["doctor"]) == 0
     assert "plain PyTorch (LRNNX_CPU_BACKEND=torch)" in capsys.readouterr().out
+    monkeypatch.setenv("LRNNX_CPU_BACKEND", "Numba")
+    assert main(["doctor"]) == 0
+    assert "LRNNX_CPU_BACKEND = 'Numba' in the environment" in capsys.readouterr().out
 
 
 def test_warmup_compiles_every_module_and_says_where(

@@ -274,6 +274,19 @@ def test_gradients_that_are_views() -> None:
         torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("given", [(), OPTIONS], ids=["least", "every"])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("scheme", NAMES[1:])
+def test_gradients_are_contiguous(scheme: str, step: str, given: tuple[str, ...]) -> None:
+    """As their fake implementation says: what compiled code relies on."""
+    named, optional = arguments(2, 9, 3, optional=(step, *given)), (*STEPS, *OPTIONS)
+    rest = (named["A"], *(named.get(n) for n in optional), False, scheme, False)
+    leaves = torch.ops.lrnnx_core
+    h, last = leaves.diagonal_scan.default(named["x"], *rest)
+    found = leaves.diagonal_scan_backward.default(h, h, last, named["x"], *rest)
+    assert all(g.is_contiguous() for g in found)
+
+
 def test_padding_may_hold_anything() -> None:
     named = arguments(2, 12, 3, optional=("dt", *OPTIONS))
     hole = ~named["mask"]

@@ -776,6 +776,17 @@ def test_the_environment_switches_back_to_pytorch_and_on_again(
     assert stand_in.calls == ["forward"]
 
 
+def test_another_word_in_the_environment_is_no_backend(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRNNX_CPU_BACKEND", "Torch")
+    with pytest.raises(ValueError, match="LRNNX_CPU_BACKEND = 'Torch' in the environment"):
+        linear_scan(decay(7, 2), random(7, 2))
+    monkeypatch.setenv("LRNNX_CPU_BACKEND", "")
+    linear_scan(decay(7, 2), random(7, 2))
+    assert stand_in.calls == ["forward"]
+
+
 def test_dropping_the_handle_brings_back_what_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LRNNX_CPU_BACKEND", raising=False)
     a, b = decay(7, 2, seed=1), random(7, 2, seed=2)

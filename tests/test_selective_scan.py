@@ -734,7 +734,8 @@ def test_an_option_that_is_off_adds_no_tensor(option: str) -> None:
         results(named, **options)
     (_, forward, _), (_, backward, _) = leaves.calls
     assert [name for name, *_ in leaves.calls] == ["selective_scan", "selective_scan_backward"]
-    fields = [f if f != "timesteps" else "integration_timesteps" for f in module.Arguments._fields]
+    fields = module.Arguments._fields[:12]
+    fields = [f if f != "timesteps" else "integration_timesteps" for f in fields]
     for arguments in (forward[:12], backward[3:15]):
         given = {f for f, t in zip(fields, arguments, strict=True) if t is not None}
         assert given == named.keys()

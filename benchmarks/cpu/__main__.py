@@ -36,7 +36,7 @@ def main() -> int:
     """Run them one after the other; a failing one does not keep the others from running."""
     options = timing.parser(__doc__)
     options.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
-    options.add_argument("--folder", type=Path, default=timing.ROOT / "docs" / "benchmarks")
+    options.add_argument("--folder", type=Path)
     options.add_argument("--render", action="store_true", help="write the page and figures alone")
     options.add_argument("--here", action="store_true", help="in this process; prints JSON")
     arguments = options.parse_args()
@@ -46,6 +46,9 @@ def main() -> int:
     for option, least in (("threads", min(arguments.threads)), ("rounds", arguments.rounds)):
         if least < 1:
             options.error(f"--{option} {least}, expected >= 1")
+    folder = arguments.folder
+    if folder is None and not arguments.quick:  # others' times would be lost
+        folder = timing.ROOT / "docs" / "benchmarks"
     if arguments.here:
         one(arguments.names[0], arguments.threads[0], arguments)
         return 0
@@ -72,10 +75,10 @@ def main() -> int:
             print(f"{time.monotonic() - start:.0f} s")
         else:
             report = {"machine": timing.machine(), "runs": runs}
-            if not arguments.tiny:
-                timing.write(report, arguments.folder / f"cpu_{name}.json")
-    if not arguments.tiny:
-        page.write(arguments.folder, NAMES)
+            if folder is not None and not arguments.tiny:
+                timing.write(report, folder / f"cpu_{name}.json")
+    if folder is not None and not arguments.tiny:
+        page.write(folder, NAMES)
     return len(failed)
 
 

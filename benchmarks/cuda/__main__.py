@@ -3,7 +3,8 @@
 
     python -m benchmarks.cuda [NAME ...] [--quick] [--folder docs/benchmarks]
 
-One JSON file a benchmark, cuda_NAME.json; `scripts/benchmark_figures.py` draws them.
+One JSON file a benchmark, cuda_NAME.json; `scripts/benchmark_figures.py` draws them. With --quick,
+where others' times would be lost, only a --folder that is named is written to.
 """
 
 from __future__ import annotations
@@ -25,8 +26,11 @@ def main() -> int:
     """Run them one after the other; a failing one does not keep the others from running."""
     options = timing.parser(__doc__)
     options.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
-    options.add_argument("--folder", type=Path, default=timing.ROOT / "docs" / "benchmarks")
+    options.add_argument("--folder", type=Path)
     arguments = options.parse_args()
+    folder = arguments.folder
+    if folder is None and not arguments.quick:
+        folder = timing.ROOT / "docs" / "benchmarks"
     unknown = sorted(set(arguments.names) - set(NAMES))
     if unknown:
         options.error(f"no benchmark {unknown[0]!r}, expected some of {', '.join(NAMES)}")
@@ -43,8 +47,8 @@ def main() -> int:
             print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr)
             continue
         print(f"{time.monotonic() - start:.0f} s")
-        if not arguments.tiny:
-            timing.write(report, arguments.folder / f"cuda_{name}.json")
+        if folder is not None and not arguments.tiny:
+            timing.write(report, folder / f"cuda_{name}.json")
     return len(failed)
 
 

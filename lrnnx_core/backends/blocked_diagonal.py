@@ -37,6 +37,32 @@ from lrnnx_core.backends.transforms import full_precision
 from lrnnx_core.discretize import FUSED
 
 
+class Arguments(NamedTuple):
+    """The arguments of the leaf operator, in its order."""
+
+    x: Tensor
+    A: Tensor
+    steps: Tensor | None
+    dt: Tensor | None
+    h0: Tensor | None
+    timesteps: Tensor | None
+    reset: Tensor | None
+    mask: Tensor | None
+    state_only: bool
+    scheme: str
+    reverse: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
+        """All but the choices."""
+        return self[:-3]
+
+    @property
+    def marks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Timesteps, reset and mask: one number a step."""
+        return self[5:8]
+
+
 class Gradients(NamedTuple):
     """What the backward leaf returns; None where the input was None."""
 
@@ -60,52 +86,30 @@ class _Coefficients(NamedTuple):
     gain: Tensor | None  # None stands for 1
 
 
-def diagonal_scan(
-    x: Tensor,
-    A: Tensor,
-    steps: Tensor | None,
-    dt: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    scheme: str,
-    reverse: bool = False,
-) -> tuple[Tensor, Tensor]:
+def diagonal_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Leaf: all states h (*batch, L, 2S) as [re | im] halves, and the last one (*batch, S)."""
-    k = _coefficients(x, A, steps, dt, timesteps, mask, state_only, scheme)
-    b = _pairs(x, A)
+    p = Arguments(*arguments)
+    k = _coefficients(p)
+    b = _pairs(p.x, p.A)
     if k.gain is not None:
         b.mul_(k.gain)
-    if mask is not None:
-        b.masked_fill_(~mask.unsqueeze(-1), 0)
-    a = _kept(k.decay, b, mask)
-    h, last = torch.ops.lrnnx_core.linear_scan.default(a, b, h0, reset, reverse)
-    return _halves(h).to(x.dtype), last
+    if p.mask is not None:
+        b.masked_fill_(~p.mask.unsqueeze(-1), 0)
+    a = _kept(k.decay, b, p.mask)
+    h, last = torch.ops.lrnnx_core.linear_scan.default(a, b, p.h0, p.reset, p.reverse)
+    return _halves(h).to(p.x.dtype), last
 
 
 def diagonal_scan_backward(
-    h: Tensor,
-    grad_h: Tensor,
-    grad_last: Tensor,
-    x: Tensor,
-    A: Tensor,
-    steps: Tensor | None,
-    dt: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    scheme: str,
-    reverse: bool = False,
+    h: Tensor, grad_h: Tensor, grad_last: Tensor, *arguments: Any
 ) -> Gradients:
     """Leaf: the gradients of `diagonal_scan`."""
-    k = _coefficients(x, A, steps, dt, timesteps, mask, state_only, scheme)
+    p = Arguments(*arguments)
+    x, A, mask, scheme = p.x, p.A, p.mask, p.scheme
+    k = _coefficients(p)
     states = _pairs(h, A)
     da, lam, dh0 = torch.ops.lrnnx_core.linear_scan_backward.default(
-        _kept(k.decay, states, mask), states, h0, reset, _pairs(grad_h, A), grad_last, reverse
+        _kept(k.decay, states, mask), states, p.h0, p.reset, _pairs(grad_h, A), grad_last, p.reverse
     )
     padding = None if mask is None else ~mask.unsqueeze(-1)
     if padding is not None:
@@ -128,21 +132,22 @@ def diagonal_scan_backward(
     through, dtau = d_dd if k.tau is None else d_dd * k.tau, None
     if k.tau is not None:
         elapsed = d_dd * k.d
-        if d_di is not None and not state_only:
+        if d_di is not None and not p.state_only:
             elapsed, d_di = elapsed + d_di * k.d, d_di * k.tau
         dtau = elapsed.sum(-1)
-    dsteps = None if steps is None else _summed(through, steps)
-    if dsteps is not None and steps is not None and d_di is not None:
-        dsteps = dsteps + _summed(d_di, steps)  # not always of the shape of the other
-    ddt = None if dt is None else through if d_di is None else through + d_di
+    dsteps = None if p.steps is None else _summed(through, p.steps)
+    if dsteps is not None and p.steps is not None and d_di is not None:
+        dsteps = dsteps + _summed(d_di, p.steps)  # not always of the shape of the other
+    ddt = None if p.dt is None else through if d_di is None else through + d_di
     return Gradients(dx, dA, dsteps, ddt, dh0, dtau)
 
 
-def gradients(h: Tensor, grad_h: Tensor, grad_last: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def gradients(h: Tensor, grad_h: Tensor, grad_last: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Leaf: `diagonal_scan_backward` with an empty tensor in the place of None."""
     with full_precision(h.device):  # a backward pass may be run inside of an autocast region
-        found = diagonal_scan_backward(h, grad_h, grad_last, *rest)
-    return tuple(grad_last.real.new_empty(0) if g is None else g for g in found)
+        found = diagonal_scan_backward(h, grad_h, grad_last, *arguments)
+    # contiguous: real parts of complex numbers are not, and fake results are
+    return tuple(grad_last.real.new_empty(0) if g is None else g.contiguous() for g in found)
 
 
 def _gain_gradients(q: Tensor, k: _Coefficients, scheme: str) -> tuple[Tensor, Tensor | None]:
@@ -155,30 +160,24 @@ def _gain_gradients(q: Tensor, k: _Coefficients, scheme: str) -> tuple[Tensor, T
     return (q * rule.gain_dt(y).conj_physical()).real, more
 
 
-def _coefficients(
-    x: Tensor,
-    A: Tensor,
-    steps: Tensor | None,
-    dt: Tensor | None,
-    timesteps: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    scheme: str,
-) -> _Coefficients:
-    A_ = _beside(A, x)
-    if scheme == "none":
-        one = A_.real.new_ones(())
-        return _Coefficients(A_, one, None, one, one, A_, None)
+def _coefficients(p: Arguments) -> _Coefficients:
+    A = _beside(p.A, p.x)
+    if p.scheme == "none":
+        one = A.real.new_ones(())
+        return _Coefficients(A, one, None, one, one, A, None)
+    dt, timesteps, mask = p.dt, p.timesteps, p.mask
     if mask is not None:  # whatever stands at padding, even NaN, reaches nothing
         dt = None if dt is None else dt.masked_fill(~mask.unsqueeze(-1), 1)
         timesteps = None if timesteps is None else timesteps.masked_fill(~mask, 1)
-    d = dt if dt is not None else A_.real.new_ones(()) if steps is None else _beside(steps, x)
+    d = dt
+    if d is None:
+        d = A.real.new_ones(()) if p.steps is None else _beside(p.steps, p.x)
     tau = None if timesteps is None else timesteps.unsqueeze(-1)
     dd = d if tau is None else tau * d
-    di = d if state_only else dd
-    rule = FUSED[scheme]
-    gain = di * rule.gain(di * A_) if rule.gain is not None else di if rule.scaled else None
-    return _Coefficients(A_, d, tau, dd, di, rule.decay(dd * A_), gain)
+    di = d if p.state_only else dd
+    rule = FUSED[p.scheme]
+    gain = di * rule.gain(di * A) if rule.gain is not None else di if rule.scaled else None
+    return _Coefficients(A, d, tau, dd, di, rule.decay(dd * A), gain)
 
 
 def _kept(decay: Tensor, like: Tensor, mask: Tensor | None) -> Tensor:

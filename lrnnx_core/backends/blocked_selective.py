@@ -19,7 +19,7 @@ belongs to group d // (E/G). Inside, batch is (P, R): the shared axes and the ot
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,26 @@ from torch import Tensor
 from lrnnx_core.discretize import FUSED
 
 CHUNK = 32
+
+
+class Arguments(NamedTuple):
+    """The arguments of the leaf operator, in its order; the forward has one more, see there."""
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    h0: Tensor | None
+    decay_dt: Tensor | None
+    timesteps: Tensor | None
+    reset: Tensor | None
+    softplus: bool
+    state_only: bool
+    scheme: str
 
 
 class Gradients(NamedTuple):
@@ -48,39 +68,23 @@ class Gradients(NamedTuple):
 class _Problem:
     """The arguments as (P, R, L, ...) in the dtype of the computation, cut into chunks."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        h0: Tensor | None,
-        decay_dt: Tensor | None,
-        timesteps: Tensor | None,
-        reset: Tensor | None,
-        softplus: bool,
-        state_only: bool,
-        scheme: str,
-    ) -> None:
+    def __init__(self, x: Arguments) -> None:
+        u, A = x.u, x.A
         batch, shared = u.shape[:-2], A.ndim - 2
         self.P, self.R = math.prod(batch[:shared]), math.prod(batch[shared:])
         (self.L, self.E), self.N = u.shape[-2:], A.shape[-1]
         self.real = torch.promote_types(torch.promote_types(u.dtype, A.real.dtype), torch.float32)
         self.state = torch.promote_types(self.real, A.dtype)
-        self.softplus, self.state_only, self.scheme = softplus, state_only, FUSED[scheme]
-        self.u, self.dt, self.z = self.rows(u, 2), self.rows(dt, 2), self.maybe_rows(z, 2)
-        self.B, self.C = self.rows(B, 3), self.rows(C, 3)
-        self.decay_dt = self.maybe_rows(decay_dt, 2)
-        self.timesteps = self.maybe_rows(timesteps, 1)
-        self.reset = self.maybe_rows(reset, 1)
+        self.softplus, self.state_only, self.scheme = x.softplus, x.state_only, FUSED[x.scheme]
+        self.u, self.dt, self.z = self.rows(u, 2), self.rows(x.dt, 2), self.maybe_rows(x.z, 2)
+        self.B, self.C = self.rows(x.B, 3), self.rows(x.C, 3)
+        self.decay_dt = self.maybe_rows(x.decay_dt, 2)
+        self.timesteps = self.maybe_rows(x.timesteps, 1)
+        self.reset = self.maybe_rows(x.reset, 1)
         self.A = A.to(self.state).reshape(self.P, 1, 1, self.E, self.N)
-        self.D, self.bias = self.parameter(D), self.parameter(dt_bias)
+        self.D, self.bias = self.parameter(x.D), self.parameter(x.dt_bias)
         zeros = u.new_zeros(self.P, self.R, self.E, self.N, dtype=self.state)
-        self.h0 = zeros if h0 is None else h0.to(self.state).reshape(zeros.shape)
+        self.h0 = zeros if x.h0 is None else x.h0.to(self.state).reshape(zeros.shape)
 
     def rows(self, t: Tensor, tail: int) -> Tensor:
         return t.reshape(self.P, self.R, *t.shape[t.ndim - tail :])
@@ -149,13 +153,13 @@ class _Chunk:
         return out if p.D is None else out + p.D * self.u
 
 
-def selective_scan(u: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Leaf: y (*batch, L, E), h_last (*batch, E, N), and the state before every chunk, flat.
 
     The last argument says whether these states are kept for a backward; none are if not.
     """
-    *arguments, keep = rest
-    p = _Problem(u, *arguments)  # pyright: ignore[reportArgumentType]
+    x, keep = Arguments(*arguments[:-1]), arguments[-1]
+    p, u = _Problem(x), x.u
     y = torch.empty((p.P, p.R, p.L, p.E), dtype=u.dtype, device=u.device)
     spans = p.chunks()
     kept = p.h0.new_empty(p.P, p.R, len(spans) if keep else 0, p.E, p.N)
@@ -177,14 +181,15 @@ def selective_scan(u: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def selective_scan_backward(
-    checkpoints: Tensor, grad_y: Tensor, grad_last: Tensor, u: Tensor, *rest: object
+    checkpoints: Tensor, grad_y: Tensor, grad_last: Tensor, *arguments: Any
 ) -> Gradients:
     """Leaf: all gradients, by the formulas of the adjoint, chunk by chunk from the end.
 
     With P_t = lam_t conj(h_{t-1}) = dL/dA_bar and Q_t = lam_t conj(B_t u_t) = dL/dgamma, the chain
     through A_bar = decay(dd A) and gamma = di gain(di A) gives the steps and A; see `Fused`.
     """
-    p = _Problem(u, *rest)  # pyright: ignore[reportArgumentType]
+    x = Arguments(*arguments)
+    p = _Problem(x)
     kept = checkpoints.reshape(p.P, p.R, -(-p.L // CHUNK), p.E, p.N)
     gy_all = p.rows(grad_y, 2)
     s = grad_last.to(p.state).reshape(p.h0.shape)
@@ -204,7 +209,7 @@ def selective_scan_backward(
         if k.reset is not None:
             previous = previous.masked_fill(k.reset, 0)
         _gradients(p, k, c, out, gy, hs, lam, previous)
-    return out.finish(s, u, *rest)
+    return out.finish(s, x)
 
 
 def _adjoint(p: _Problem, k: _Chunk, gy: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,14 +301,12 @@ class _Accumulator:
             value = value.sum(1, keepdim=True)
         self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def finish(self, s: Tensor, *inputs: object) -> Gradients:
-        fields = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "h0", "decay_dt", "timesteps")
-        tensors = dict(zip(fields, inputs, strict=False))
+    def finish(self, s: Tensor, x: Arguments) -> Gradients:
         done: dict[str, Tensor | None] = {}
-        for name, like in tensors.items():
+        for name in Gradients._fields:
+            like = getattr(x, name)
             if name == "h0":
-                batch = inputs[0].shape[:-2]  # pyright: ignore[reportAttributeAccessIssue]
-                done[name] = s.reshape(*batch, self.p.E, self.p.N).clone()
+                done[name] = s.reshape(*x.u.shape[:-2], self.p.E, self.p.N).clone()
             elif not isinstance(like, Tensor):
                 done[name] = None
             elif name in self.steps:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.backends import blocked_diagonal, cuda, cuda_tiles, library
+from lrnnx_core.backends.blocked_diagonal import Arguments
 from lrnnx_core.backends.cuda_tiles import (
     BITS,
     EXCHANGE,
@@ -22,6 +23,7 @@ from lrnnx_core.backends.cuda_tiles import (
     Plan,
     Strides,
     beside,
+    compact,
     fields,
 )
 
@@ -249,83 +251,61 @@ def _shape(
 
 def _launch_shape(
     step: str,
-    choice: Choice,
+    p: Arguments,
     halves: tuple[Tensor, ...],
-    dt: Tensor | None,
     rows: tuple[Tensor | None, ...],
-    steps: tuple[Tensor | None, ...],
-    reverse: bool,
     device: int,
 ) -> Shape | None:
-    alignment = 0
+    alignment, dt = 0, p.dt
     for t in halves:
         at = t.data_ptr()
         alignment |= at | at + t.shape[-1] // 2 * t.stride(-1) * t.itemsize
     return _shape(
-        step, choice, halves[0].shape, tuple(t.stride() for t in halves),
+        step, _choice(p), halves[0].shape, tuple(t.stride() for t in halves),
         None if dt is None else dt.stride(), tuple(None if t is None else t.stride() for t in rows),
-        tuple(None if t is None else t.stride() for t in steps),
-        (alignment & 15, 0 if dt is None else dt.data_ptr() & 15), reverse, device,
+        tuple(None if t is None else t.stride() for t in p.marks),
+        (alignment & 15, 0 if dt is None else dt.data_ptr() & 15), p.reverse, device,
     )  # fmt: skip
 
 
 def _fields(
-    call: Shape,
-    halves: tuple[Tensor, ...],
-    dt: Tensor | None,
-    rows: tuple[Tensor | None, ...],
-    steps: tuple[Tensor | None, ...],
+    call: Shape, p: Arguments, halves: tuple[Tensor, ...], rows: tuple[Tensor | None, ...]
 ) -> list[int]:
     """Return halves, `struct Model`, then the rows that are no part of it (all but two)."""
     at, count = call.layout, len(halves)
     return [
         *fields(halves, at.sequences, at.offsets),
         *fields(rows[:2], at.rows),
-        *fields((dt,), at.sequences[count:], at.offsets[count:]),
-        *fields(steps, at.steps, at.offsets[count + 1 :]),
+        *fields((p.dt,), at.sequences[count:], at.offsets[count:]),
+        *fields(p.marks, at.steps, at.offsets[count + 1 :]),
         *fields(rows[2:], at.rows[2:]),
     ]
 
 
-def diagonal_scan(
-    x: Tensor,
-    A: Tensor,
-    steps: Tensor | None,
-    dt: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    scheme: str,
-    reverse: bool = False,
-) -> tuple[Tensor, Tensor]:
+def diagonal_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Leaf: all states h (*batch, L, 2S) and the last one, as `blocked_diagonal`."""
-    tensors = (x, A, steps, dt, h0, timesteps, reset, mask)
     if not cuda.ready():
-        return blocked_diagonal.diagonal_scan(*tensors, state_only, scheme, reverse)
-    plan, device = _check("diagonal_scan", *tensors)
+        return blocked_diagonal.diagonal_scan(*arguments)
+    p = Arguments(*arguments)
+    plan, device = _check("diagonal_scan", *p.tensors)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return diagonal_scan(*tensors, state_only, scheme, reverse)
-    shape = x.shape
+            return diagonal_scan(*p)
+    x, A, h0, shape = p.x, p.A, p.h0, p.x.shape
     h = torch.empty(shape, dtype=x.dtype, device=x.device)
     last = torch.empty((*shape[:-2], A.shape[-1]), dtype=plan.state, device=x.device)
     if last.numel() == 0:
         return h, last
     if shape[-2] == 0:
         return h, last.zero_() if h0 is None else last.copy_(h0)
-    choice = _choice(x, dt, timesteps, state_only, scheme)
-    rows = (beside(A, shape), beside(steps, shape), h0)
-    marks = (timesteps, reset, mask)
-    call = _launch_shape("forward", choice, (x,), dt, rows, marks, reverse, device)
+    rows = (beside(A, shape), beside(p.steps, shape), h0)
+    call = _launch_shape("forward", p, (x,), rows, device)
     if call is None:
-        copies: Any = (*_copies(tensors), state_only, scheme, reverse)
-        return diagonal_scan(*copies)
+        return diagonal_scan(*map(compact, p))
     grid = call.grid
     words = cuda_tiles.words(grid.words, x.device)
     call.kernel.launch(
-        device, grid.blocks, grid.threads, call.shared, *_fields(call, (x,), dt, rows, marks),
+        device, grid.blocks, grid.threads, call.shared, *_fields(call, p, (x,), rows),
         h.data_ptr() + call.begins * shape[-1] * h.itemsize, last.data_ptr(), call.direction,
         *cuda_tiles.exchange(words), *call.sizes,
     )  # fmt: skip
@@ -333,64 +313,48 @@ def diagonal_scan(
 
 
 def diagonal_scan_backward(
-    h: Tensor,
-    grad_h: Tensor,
-    grad_last: Tensor,
-    x: Tensor,
-    A: Tensor,
-    steps: Tensor | None,
-    dt: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    scheme: str,
-    reverse: bool = False,
+    h: Tensor, grad_h: Tensor, grad_last: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     """Leaf: gradients of the floating tensors, empty where absent, as `blocked_diagonal`."""
-    tensors = (x, A, steps, dt, h0, timesteps, reset, mask)
     grads = (h, grad_h, grad_last)
     if not cuda.ready():
-        return blocked_diagonal.gradients(*grads, *tensors, state_only, scheme, reverse)
-    plan, device = _check("diagonal_scan_backward", *tensors, *grads)
+        return blocked_diagonal.gradients(*grads, *arguments)
+    p = Arguments(*arguments)
+    plan, device = _check("diagonal_scan_backward", *p.tensors, *grads)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return diagonal_scan_backward(*grads, *tensors, state_only, scheme, reverse)
-    shape, size = x.shape, A.shape[-1]
+            return diagonal_scan_backward(*grads, *p)
+    x, A, dt, shape, size = p.x, p.A, p.dt, p.x.shape, p.A.shape[-1]
     if x.numel() == 0:
-        return _empty_gradients(grad_last, tensors)
-    choice = _choice(x, dt, timesteps, state_only, scheme)
+        return _empty_gradients(grad_last, p)
     halves = (x, h, grad_h)
-    rows = (beside(A, shape), beside(steps, shape), h0, grad_last)
-    marks = (timesteps, reset, mask)
-    call = _launch_shape("backward", choice, halves, dt, rows, marks, reverse, device)
+    rows = (beside(A, shape), beside(p.steps, shape), p.h0, grad_last)
+    call = _launch_shape("backward", p, halves, rows, device)
     if call is None:
-        copies: Any = (*_copies((*grads, *tensors)), state_only, scheme, reverse)
-        return diagonal_scan_backward(*copies)
+        return diagonal_scan_backward(*map(compact, (*grads, *p)))
     real = _real(plan)
     dx = torch.empty(shape, dtype=x.dtype, device=x.device)
     dh0 = torch.empty(grad_last.shape, dtype=plan.state, device=x.device)
     ddt = d_tau = None
     if dt is not None:
         ddt = torch.empty(dt.shape, dtype=real, device=x.device)
-    if timesteps is not None:
+    if p.timesteps is not None:
         make = torch.empty if _is_whole(size) else torch.zeros
         d_tau = make((*shape[:-1], call.pieces), dtype=real, device=x.device)
     grid = call.grid
-    sums = 1 if scheme == "none" else 2
+    sums = 1 if p.scheme == "none" else 2
     partial = torch.empty((grid.tiles, sums, *dh0.shape), dtype=plan.state, device=x.device)
     words = cuda_tiles.words(grid.words, x.device)
     end = call.begins
     call.kernel.launch(
-        device, grid.blocks, grid.threads, call.shared, *_fields(call, halves, dt, rows, marks),
+        device, grid.blocks, grid.threads, call.shared, *_fields(call, p, halves, rows),
         dx.data_ptr() + end * 2 * size * dx.itemsize,
         0 if ddt is None else ddt.data_ptr() + end * size * ddt.itemsize,
         0 if d_tau is None else d_tau.data_ptr() + end * call.pieces * d_tau.itemsize,
         call.pieces, call.direction, dh0.data_ptr(), partial.data_ptr(),
         *cuda_tiles.exchange(words), *call.sizes,
     )  # fmt: skip
-    dA, dsteps = _add_up(device, choice, partial, A, steps)
+    dA, dsteps = _add_up(device, _choice(p), partial, A, p.steps)
     absent = torch.empty(0, dtype=real, device=x.device)
     return (
         dx,
@@ -437,29 +401,22 @@ def _pieces(size: int) -> int:
     return (size + cuda.WARP - 2) // cuda.WARP + 1
 
 
-def _choice(
-    x: Tensor, dt: Tensor | None, timesteps: Tensor | None, state_only: bool, scheme: str
-) -> Choice:
-    timed = timesteps is not None
-    return Choice(x.dtype, scheme, timed or dt is not None, timed and state_only)
+def _choice(p: Arguments) -> Choice:
+    timed = p.timesteps is not None
+    return Choice(p.x.dtype, p.scheme, timed or p.dt is not None, timed and p.state_only)
 
 
-def _empty_gradients(grad_last: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+def _empty_gradients(grad_last: Tensor, p: Arguments) -> tuple[Tensor, ...]:
     """Return the gradients where there is no step, row or channel."""
     real = grad_last.real.dtype
     found = [
         grad_last.new_empty(0, dtype=real)
         if t is None
         else torch.zeros_like(t, memory_format=COMPACT)
-        for t in tensors[:6]
+        for t in p.tensors[:6]
     ]
     found[4] = grad_last.clone(memory_format=COMPACT)
     return tuple(found)
-
-
-def _copies(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Return compact copies, whose batch dimensions merge and which are aligned."""
-    return tuple(t if t is None else t.clone(memory_format=COMPACT) for t in tensors)
 
 
 def _check(operator: str, x: Tensor, *others: Tensor | None) -> tuple[Plan, int]:

@@ -23,6 +23,7 @@ from lrnnx_core.backends.cuda_tiles import (
     Plan,
     Strides,
     beside,
+    compact,
     fields,
 )
 
@@ -207,7 +208,7 @@ def rg_lru_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
     rows = (*(beside(t, shape) for t in p.parameters), h0)
     call = _launch_shape("forward", p.sequences, rows, p.steps, device)
     if call is None:
-        return rg_lru_scan(*map(_copy, p))
+        return rg_lru_scan(*map(compact, p))
     grid = call.grid
     words = cuda_tiles.words(grid.words, x.device)
     call.kernel.launch(
@@ -238,7 +239,7 @@ def rg_lru_scan_backward(
     rows = (*(beside(t, shape) for t in p.parameters), p.h0, grad_last)
     call = _launch_shape("backward", sequences, rows, p.steps, device)
     if call is None:
-        return rg_lru_scan_backward(*map(_copy, (*grads, *p)))
+        return rg_lru_scan_backward(*map(compact, (*grads, *p)))
     dx, d_input, d_recurrent = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in "xir")
     dh0 = torch.empty(grad_last.shape, dtype=plan.state, device=x.device)
     grid = call.grid
@@ -289,11 +290,6 @@ def _empty_gradients(grad_last: Tensor, p: Arguments) -> tuple[Tensor, ...]:
     ]
     found[6] = grad_last.clone(memory_format=COMPACT)
     return tuple(found)
-
-
-def _copy(t: Any) -> Any:
-    """Return a compact copy, whose batch dimensions merge and which is aligned."""
-    return t.clone(memory_format=COMPACT) if isinstance(t, Tensor) else t
 
 
 def _check(operator: str, x: Tensor, *others: Tensor | None) -> tuple[Plan, int]:

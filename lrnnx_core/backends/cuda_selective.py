@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.backends import cuda
-from lrnnx_core.backends.blocked_selective import CHUNK
+from lrnnx_core.backends.blocked_selective import CHUNK, Arguments
 
 TILE, SUB = 32, 8  # steps of a forward tile; steps that the backward holds in registers
 # Most states of a lane, by the bytes of a state: what registers hold.
@@ -241,32 +241,15 @@ def _frugal(layouts: list[Choice], block: int, limits: cuda.Limits) -> list[Choi
 class Problem:
     """The arguments as the kernels take them."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        h0: Tensor | None,
-        decay_dt: Tensor | None,
-        timesteps: Tensor | None,
-        reset: Tensor | None,
-        softplus: bool,
-        state_only: bool,
-        scheme: str,
-        gy: Tensor | None = None,
-    ) -> None:
+    def __init__(self, x: Arguments, gy: Tensor | None = None) -> None:
+        u, A, B, C, decay_dt = x.u, x.A, x.B, x.C, x.decay_dt
         self.batch, (self.length, self.width) = u.shape[:-2], u.shape[-2:]
-        self.states, self.scheme = A.shape[-1], scheme
+        self.states, self.scheme = A.shape[-1], x.scheme
         self.rows = math.prod(self.batch)
         self.shared_rows = math.prod(A.shape[:-2])
         real = torch.promote_types(torch.promote_types(u.dtype, A.real.dtype), torch.float32)
         self.real, self.state = real, torch.promote_types(real, A.dtype)
-        varies = [t for t in (u, dt, z, gy) if t is not None]
+        varies = [t for t in (u, x.dt, x.z, gy) if t is not None]
         matrices = [t for t in (B, C) if self.varies(t)]
         if decay_dt is not None and self.varies(decay_dt, 1):
             varies.append(decay_dt)
@@ -276,20 +259,21 @@ class Problem:
         self.dtype = u.dtype if kinds == {u.dtype} and _state(u.dtype) == real else real
         if self.states * self.state.itemsize > SLICE:
             self.dtype = real  # outputs of several launches are added
-        self.softplus, self.state_only, self.timed = softplus, state_only, timesteps is not None
-        self.u, self.dt = _cast(u, self.dtype), _cast(dt, self.dtype)
-        self.z, self.gy = (None if t is None else _cast(t, self.dtype) for t in (z, gy))
+        self.softplus, self.state_only = x.softplus, x.state_only
+        self.timed = x.timesteps is not None
+        self.u, self.dt = _cast(u, self.dtype), _cast(x.dt, self.dtype)
+        self.z, self.gy = (None if t is None else _cast(t, self.dtype) for t in (x.z, gy))
         self.decay, self.decay_dt = 0, decay_dt
         if decay_dt is not None:
             self.decay = 2 if self.varies(decay_dt, 1) else 1
             self.decay_dt = _cast(decay_dt, self.dtype if self.decay == 2 else real)
         self.B, self.C = self._matrix(B), self._matrix(C)
-        self.timesteps = None if timesteps is None else _cast(timesteps, real)
-        self.reset = reset
+        self.timesteps = None if x.timesteps is None else _cast(x.timesteps, real)
+        self.reset = x.reset
         self.A = aligned(_cast(A, self.state))
-        self.D = None if D is None else _cast(D, real).contiguous()
-        self.bias = None if dt_bias is None else _cast(dt_bias, real).contiguous()
-        self.h0 = None if h0 is None else aligned(_cast(h0, self.state))
+        self.D = None if x.D is None else _cast(x.D, real).contiguous()
+        self.bias = None if x.dt_bias is None else _cast(x.dt_bias, real).contiguous()
+        self.h0 = None if x.h0 is None else aligned(_cast(x.h0, self.state))
         per_group = [self.width // t.shape[-2] for t in (self.B, self.C)]
         sizes = [g for g, t in zip(per_group, (self.B, self.C), strict=True) if self.varies(t)]
         self.piece = math.gcd(*sizes) if sizes else self.width

@@ -8,6 +8,8 @@ then all segments at once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from lrnnx_core.backends import (
     cuda_tiles,
     library,
 )
-from lrnnx_core.backends.blocked_selective import CHUNK
+from lrnnx_core.backends.blocked_selective import CHUNK, Arguments, Gradients
 from lrnnx_core.backends.cuda_selective import (
     Choice,
     Problem,
@@ -38,19 +40,20 @@ def _check(operator: str, u: Tensor, *others: object) -> int:
     return device
 
 
-def selective_scan(u: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Leaf: y, the last state, and the states before every chunk, as `blocked_selective`."""
-    *arguments, keep = rest
-    if not cuda.ready() or not _fits(u, rest):
-        return blocked_selective.selective_scan(u, *rest)
-    device = _check("selective_scan", u, *arguments)
+    a, keep = Arguments(*arguments[:-1]), arguments[-1]
+    u = a.u
+    if not cuda.ready() or not _fits(a):
+        return blocked_selective.selective_scan(*arguments)
+    device = _check("selective_scan", *a)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return selective_scan(u, *rest)
+            return selective_scan(*arguments)
     if u.shape[-2] == 1 and not keep:
-        y, last = cuda_selective_step.selective_step(u, *arguments)  # pyright: ignore[reportArgumentType]
+        y, last = cuda_selective_step.selective_step(*a)
         return y, last, u.new_empty((*u.shape[:-2], 0), dtype=last.dtype)
-    p = Problem(u, *arguments)  # pyright: ignore[reportArgumentType]
+    p = Problem(a)
     chunks = -(-p.length // CHUNK) if keep else 0
     last = torch.empty((*p.batch, p.width, p.states), dtype=p.state, device=u.device)
     kept = torch.empty((*p.batch, chunks * p.width * p.states), dtype=p.state, device=u.device)
@@ -118,8 +121,7 @@ def selective_scan_backward(
     checkpoints: Tensor,
     grad_y: Tensor,
     grad_last: Tensor,
-    u: Tensor,
-    *rest: object,
+    *arguments: Any,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Leaf: all gradients, as `blocked_selective.selective_scan_backward`.
@@ -127,16 +129,16 @@ def selective_scan_backward(
     Beyond the leaf's arguments: ``into``, two halves of the channels of a contiguous tensor. The
     gradient of z is written to the second, that of dt to the first or wherever it is returned.
     """
-    if not cuda.ready() or not _fits(u, rest):
-        gradients = blocked_selective.selective_scan_backward(
-            checkpoints, grad_y, grad_last, u, *rest
-        )
+    a = Arguments(*arguments)
+    u = a.u
+    if not cuda.ready() or not _fits(a):
+        gradients = blocked_selective.selective_scan_backward(checkpoints, grad_y, grad_last, *a)
         return _moved(gradients, into)
-    device = _check("selective_scan_backward", u, checkpoints, grad_y, grad_last, *rest)
+    device = _check("selective_scan_backward", u, checkpoints, grad_y, grad_last, *a[1:])
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return selective_scan_backward(checkpoints, grad_y, grad_last, u, *rest, into=into)
-    p = Problem(u, *rest, gy=grad_y)  # pyright: ignore[reportArgumentType]
+            return selective_scan_backward(checkpoints, grad_y, grad_last, *a, into=into)
+    p = Problem(a, gy=grad_y)
     asked = into
     if p.z is None or p.dtype != u.dtype or len(p.slices()) > 1:
         into = None  # not as the kernel writes it
@@ -151,7 +153,7 @@ def selective_scan_backward(
         _backward(p, n, states, segments, kept, grad_last, dA, dh0, device, into)
         for n, states in p.slices()
     ]
-    return _moved(_gathered(p, results, dA, dh0, (u, *rest)), asked)
+    return _moved(_gathered(p, results, dA, dh0, a), asked)
 
 
 def _moved(
@@ -227,12 +229,12 @@ def _gathered(
     results: list[dict[str, Tensor | None]],
     dA: Tensor,
     dh0: Tensor,
-    inputs: tuple[object, ...],
+    inputs: Arguments,
 ) -> tuple[Tensor | None, ...]:
     """Sum what the blocks, the batch elements and the launches left, and shape it."""
-    fields = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "h0", "decay_dt", "timesteps")
     done: list[Tensor | None] = []
-    for name, like in zip(fields, inputs, strict=False):
+    for name in Gradients._fields:
+        like = getattr(inputs, name)
         if name == "h0":
             done.append(dh0.reshape(*p.batch, p.width, p.states))
             continue
@@ -293,18 +295,17 @@ def _summed(results: list[dict[str, Tensor | None]], name: str) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def _fits(u: Tensor, rest: tuple[object, ...]) -> bool:
+def _fits(a: Arguments) -> bool:
     """Return whether the kernels take such a size."""
-    A = rest[1]
-    return isinstance(A, Tensor) and u.numel() > 0 and A.numel() > 0
+    return a.u.numel() > 0 and a.A.numel() > 0
 
 
 def implement() -> tuple[library.Implementation, ...]:
     """Register both operators for CUDA tensors; the handles keep them in force."""
     cuda.KERNELS["selective_scan"] = kernels
 
-    def backward(kept: Tensor, gy: Tensor, glast: Tensor, *rest: object) -> tuple[Tensor, ...]:
-        gradients = selective_scan_backward(kept, gy, glast, *rest)  # pyright: ignore[reportArgumentType]
+    def backward(kept: Tensor, gy: Tensor, glast: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        gradients = selective_scan_backward(kept, gy, glast, *arguments)
         return tuple(gy.new_empty(0) if g is None else g for g in gradients)
 
     return (

@@ -8,7 +8,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -181,6 +181,11 @@ def grid(
         chains,
         1 + 2 * numbers if tiles > 1 else 0,
     )
+
+
+def compact(x: Any) -> Any:
+    """Return a copy of a tensor, whose batch dimensions merge and which is aligned."""
+    return x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x
 
 
 def words(count: int, device: torch.device) -> Tensor | None:

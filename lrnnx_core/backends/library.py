@@ -36,6 +36,21 @@ def parameters(record: type[NamedTuple]) -> str:
     )
 
 
+def plain_on_cpu() -> bool:
+    """Return whether the environment asks for plain PyTorch on CPU tensors.
+
+    Raises:
+        ValueError: the variable has another value.
+    """
+    choice = os.environ.get("LRNNX_CPU_BACKEND")
+    if choice and choice != "torch":
+        raise ValueError(
+            f"LRNNX_CPU_BACKEND = {choice!r} in the environment, expected 'torch' (plain PyTorch) "
+            "or nothing (compiled kernels, where numba is installed)"
+        )
+    return choice == "torch"
+
+
 def define(
     schema: str, *, default: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -99,7 +114,7 @@ def _register(name: str, device: str) -> None:
     plain, kernels = _DEFAULTS[name], _KERNELS.setdefault((name, device), [])
 
     def call(*arguments: Any) -> Any:
-        if not kernels or (device == "cpu" and os.environ.get("LRNNX_CPU_BACKEND") == "torch"):
+        if not kernels or (device == "cpu" and plain_on_cpu()):
             return plain(*arguments)
         return kernels[-1](*arguments)
 

@@ -8,7 +8,6 @@ PyTorch (`lrnnx_core.ops._step_formulas`), right to any order under any transfor
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +63,7 @@ def step_operator(
             isinstance(t, Tensor) and t.requires_grad for t in arguments
         ):
             return default(*arguments)
-        if kernel is on_cpu and os.environ.get("LRNNX_CPU_BACKEND") == "torch":
+        if kernel is on_cpu and library.plain_on_cpu():
             return default(*arguments)
         if dispatch_observed() or not _ORDINARY.issuperset(map(type, arguments)):
             return leaf(*arguments)

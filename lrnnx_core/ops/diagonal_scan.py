@@ -8,12 +8,13 @@ step and the elapsed time as the scan goes. It is the shortest example of an ope
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrnnx_core.backends import blocked_diagonal, cpu, cuda_diagonal, library, reference
+from lrnnx_core.backends.blocked_diagonal import Arguments
 from lrnnx_core.backends.transforms import allow_in_graph, full_precision
 from lrnnx_core.discretize import FUSED, SCHEMES
 from lrnnx_core.ops._fused import Signature, fused
@@ -21,19 +22,6 @@ from lrnnx_core.ops.linear_scan import linear_scan
 from lrnnx_core.types import Backend, TimestepMode
 
 NAMES = ("none", *FUSED)
-
-
-class Arguments(NamedTuple):
-    """The tensors of the leaf operator, in its order; ranks as `blocked_diagonal` states them."""
-
-    x: Tensor
-    A: Tensor
-    steps: Tensor | None
-    dt: Tensor | None
-    h0: Tensor | None
-    timesteps: Tensor | None
-    reset: Tensor | None
-    mask: Tensor | None
 
 
 def diagonal_scan(
@@ -92,31 +80,35 @@ def diagonal_scan(
         raise ValueError("diagonal_scan: discretization 'none' has no use for dt or timesteps")
     varying = dt is not None and dt.ndim > 1
     steps, dt = (None, dt) if varying else (dt, None)
-    dtype, state_only = x.dtype, timestep_mode == "state_only"
     with full_precision(x.device):
-        arguments = _prepare(Arguments(x, A, steps, dt, h0, integration_timesteps, reset, mask))
+        arguments = _prepare(
+            Arguments(
+                x, A, steps, dt, h0, integration_timesteps, reset, mask,
+                timestep_mode == "state_only", discretization, reverse,
+            )
+        )  # fmt: skip
         if backend == "reference":
-            h, last = _composite(*arguments, state_only, discretization, reverse, backend=backend)
+            h, last = _composite(*arguments, backend=backend)
         else:
-            h, last = _diagonal_scan(*arguments, state_only, discretization, reverse)
-    return h.to(dtype), last
+            h, last = _diagonal_scan(*arguments)
+    return h.to(x.dtype), last
 
 
-def _prepare(x: Arguments) -> Arguments:
+def _prepare(p: Arguments) -> Arguments:
     """Check the arguments and bring them to the ranks and dtypes of the leaf operator."""
-    if x.x.ndim < 2 or x.A.ndim != 1 or x.x.shape[-1] != 2 * x.A.shape[-1]:
+    if p.x.ndim < 2 or p.A.ndim != 1 or p.x.shape[-1] != 2 * p.A.shape[-1]:
         raise ValueError(
-            f"diagonal_scan: x {tuple(x.x.shape)} and A {tuple(x.A.shape)}, expected (..., L, 2S) "
+            f"diagonal_scan: x {tuple(p.x.shape)} and A {tuple(p.A.shape)}, expected (..., L, 2S) "
             "and (S,)"
         )
-    length, size = x.x.shape[-2], x.A.shape[0]
+    length, size = p.x.shape[-2], p.A.shape[0]
     ends = {"x": (length, 2 * size), "dt": (length, size), "h0": (size,)}
     ends |= dict.fromkeys(("timesteps", "reset", "mask"), (length,))
     batches: dict[str, torch.Size] = {}
-    for name, value in zip(Arguments._fields, x, strict=True):
-        if value is None:
+    for name, value in zip(Arguments._fields, p, strict=True):
+        if not isinstance(value, Tensor):
             continue
-        _check_kind(name, value, x.x)
+        _check_kind(name, value, p.x)
         end = ends.get(name, (size,))
         lead = value.shape[: max(value.ndim - len(end), 0)]
         if tuple(value.shape[len(lead) :]) != end or (name not in ends and lead):
@@ -131,21 +123,21 @@ def _prepare(x: Arguments) -> Arguments:
     except RuntimeError:
         got = ", ".join(f"{n} {tuple(s)}" for n, s in batches.items())
         raise ValueError(f"diagonal_scan: batch axes do not broadcast: {got}") from None
-    kind = x.A.dtype
-    for value in (x.x, x.steps, x.dt, x.h0):
+    kind = p.A.dtype
+    for value in (p.x, p.steps, p.dt, p.h0):
         kind = kind if value is None else torch.promote_types(kind, value.dtype)
     kind = torch.promote_types(kind, torch.complex64)
     real = torch.float64 if kind == torch.complex128 else torch.float32
-    narrow = real if real != reference.state_dtype(x.x.dtype) else x.x.dtype
+    narrow = real if real != reference.state_dtype(p.x.dtype) else p.x.dtype
     dtypes = {"x": narrow, "A": kind, "h0": kind, "reset": torch.bool, "mask": torch.bool}
 
-    def ready(name: str, value: Tensor | None) -> Tensor | None:
-        if value is None:
-            return None
+    def ready(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
         value, lead = value.to(dtypes.get(name, real)), batches.get(name)
         return value if lead is None or lead == batch else value.expand(*batch, *ends[name])
 
-    return Arguments(*(ready(n, v) for n, v in zip(Arguments._fields, x, strict=True)))  # pyright: ignore[reportArgumentType]
+    return Arguments(*(ready(n, v) for n, v in zip(Arguments._fields, p, strict=True)))
 
 
 def _check_kind(name: str, value: Tensor, x: Tensor) -> None:
@@ -163,41 +155,29 @@ def _check_kind(name: str, value: Tensor, x: Tensor) -> None:
         raise ValueError(f"diagonal_scan: {name} has dtype {value.dtype}, expected {expected}")
 
 
-def _composite(
-    x: Tensor,
-    A: Tensor,
-    steps: Tensor | None,
-    dt: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    scheme: str,
-    reverse: bool,
-    *,
-    backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
+def _composite(*arguments: Any, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """Compose the operator of differentiable pieces: right to any order."""
+    p = Arguments(*arguments)
+    x, A, dt, timesteps, mask = p.x, p.A, p.dt, p.timesteps, p.mask
     size, real = A.shape[-1], A.real.dtype
     b = torch.complex(x[..., :size].to(real), x[..., size:].to(real))
     a = A.unsqueeze(0)
     if mask is not None:  # whatever stands at padding, even NaN, reaches no gradient either
         b = torch.where(mask.unsqueeze(-1), b, torch.zeros_like(b))
-    if scheme != "none":
+    if p.scheme != "none":
         if mask is not None:
             dt = None if dt is None else torch.where(mask.unsqueeze(-1), dt, torch.ones_like(dt))
             if timesteps is not None:
                 timesteps = torch.where(mask, timesteps, torch.ones_like(timesteps))
-        d = torch.ones_like(A.real) if steps is None else steps
+        d = torch.ones_like(A.real) if p.steps is None else p.steps
         d = d.unsqueeze(0) if dt is None else dt
         dd = d if timesteps is None else timesteps.unsqueeze(-1) * d
-        a, gamma = SCHEMES[scheme](A, dd, d if state_only else dd)
+        a, gamma = SCHEMES[p.scheme](A, dd, d if p.state_only else dd)
         b = gamma * b
     if mask is not None:
         # a = 1 with no input leaves the state alone
         a = torch.where(mask.unsqueeze(-1), a, torch.ones_like(a))
-    h, last = linear_scan(a, b, h0, reset=reset, reverse=reverse, backend=backend)
+    h, last = linear_scan(a, b, p.h0, reset=p.reset, reverse=p.reverse, backend=backend)
     return torch.cat([h.real, h.imag], dim=-1).to(x.dtype), last
 
 
@@ -214,11 +194,7 @@ def _fake_backward(h: Tensor, grad_h: Tensor, grad_last: Tensor, *rest: Any) -> 
     return tuple(like)
 
 
-_ARGUMENTS = (
-    "Tensor x, Tensor A, Tensor? steps, Tensor? dt, Tensor? h0, Tensor? timesteps, "
-    "Tensor? reset, Tensor? mask, bool state_only, str scheme, "
-    "bool reverse=False"
-)
+_ARGUMENTS = library.parameters(Arguments)
 _leaf = library.define(
     f"diagonal_scan({_ARGUMENTS}) -> (Tensor, Tensor)",
     default=blocked_diagonal.diagonal_scan,

@@ -18,12 +18,47 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lrnnx_core.backends import cuda_feedthrough, library
+from lrnnx_core.backends import blocked_diagonal, cuda_feedthrough, library
 from lrnnx_core.backends.transforms import allow_in_graph, full_precision
 from lrnnx_core.ops._fused import Signature, fused
 from lrnnx_core.ops.diagonal_scan import diagonal_scan
 
-TENSORS = 14  # as the schema has them; the first eleven have gradients
+
+class Arguments(NamedTuple):
+    """The arguments of the leaf operator, in its order; ``C2``, ``later``, ``ends``: `Backwards`'.
+
+    The leaf takes what `projected_scan` says, and each of B, C, C2, D, A and steps with a leading
+    part of the batch axes in front (what a vmap over parameters adds).
+    """
+
+    u: Tensor
+    B: Tensor
+    C: Tensor
+    C2: Tensor | None
+    D: Tensor | None
+    A: Tensor
+    steps: Tensor | None
+    dt: Tensor | None
+    h0: Tensor | None
+    timesteps: Tensor | None
+    later: Tensor | None
+    reset: Tensor | None
+    ends: Tensor | None
+    mask: Tensor | None
+    state_only: bool
+    scheme: str
+
+    @property
+    def wants_drive(self) -> bool:
+        """Whether the backward reads the drive."""
+        return self.scheme not in ("none", "dirac")
+
+    def scan(self, x: Tensor, reverse: bool) -> blocked_diagonal.Arguments:
+        """Return the arguments of the scan of the drive x in one direction."""
+        own = (None, self.later, self.ends) if reverse else (self.h0, self.timesteps, self.reset)
+        return blocked_diagonal.Arguments(
+            x, self.A, self.steps, self.dt, *own, self.mask, self.state_only, self.scheme, reverse
+        )
 
 
 class Backwards(NamedTuple):
@@ -89,111 +124,58 @@ def projected_scan(
     )  # fmt: skip
 
 
-def _composite(
-    u: Tensor,
-    B: Tensor,
-    C: Tensor,
-    C2: Tensor | None,
-    D: Tensor | None,
-    A: Tensor,
-    steps: Tensor | None,
-    dt: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    later: Tensor | None,
-    reset: Tensor | None,
-    ends: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    scheme: str,
-) -> tuple[Tensor, Tensor]:
+def _composite(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Compose the operator of differentiable pieces: right to any order."""
-    x = linear(u, B)
+    p = Arguments(*arguments)
+    x = linear(p.u, p.B)
 
-    def scan(
-        h0: Tensor | None, timesteps: Tensor | None, reset: Tensor | None, reverse: bool
-    ) -> tuple[Tensor, Tensor]:
+    def scan(reverse: bool) -> tuple[Tensor, Tensor]:
+        q = p.scan(x, reverse)
         return diagonal_scan(
-            x, A, dt if steps is None else steps, h0, discretization=scheme,
-            integration_timesteps=timesteps, timestep_mode="state_only" if state_only else "both",
-            reset=reset, mask=mask, reverse=reverse,
+            x, q.A, q.dt if q.steps is None else q.steps, q.h0, discretization=q.scheme,
+            integration_timesteps=q.timesteps, reset=q.reset, mask=q.mask, reverse=reverse,
+            timestep_mode="state_only" if q.state_only else "both",
         )  # fmt: skip
 
-    h, last = scan(h0, timesteps, reset, False)
-    y = linear(h, C)
-    if C2 is not None:
-        y = y + linear(scan(None, later, ends, True)[0], C2)
-    return y if D is None else torch.addcmul(y, D, u), last
+    h, last = scan(False)
+    y = linear(h, p.C)
+    if p.C2 is not None:
+        y = y + linear(scan(True)[0], p.C2)
+    return y if p.D is None else torch.addcmul(y, p.D, p.u), last
 
 
-class _Scan(NamedTuple):
-    """The arguments of both directions' `diagonal_scan` but the drive, as the schema has them."""
-
-    A: Tensor
-    steps: Tensor | None
-    dt: Tensor | None
-    h0: Tensor | None
-    timesteps: Tensor | None
-    later: Tensor | None
-    reset: Tensor | None
-    ends: Tensor | None
-    mask: Tensor | None
-    state_only: bool
-    scheme: str
-
-    def of(self, reverse: bool) -> tuple[Any, ...]:
-        """Return those of one direction."""
-        state = None if reverse else self.h0
-        own = (self.later, self.ends) if reverse else (self.timesteps, self.reset)
-        return (
-            self.A, self.steps, self.dt, state, *own, self.mask, self.state_only, self.scheme,
-            reverse,
-        )  # fmt: skip
-
-
-def _default(
-    u: Tensor, B: Tensor, C: Tensor, C2: Tensor | None, D: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
+def _default(*arguments: Any) -> tuple[Tensor, ...]:
     """Leaf: y, the last state; and for the backward both h and, if that wants it, the drive."""
-    scan = _Scan(*rest)
-    with full_precision(u.device):
-        x = _project(u, B)
-        h, last = torch.ops.lrnnx_core.diagonal_scan.default(x, *scan.of(False))
-        y, h2 = _project(h, C), x.new_empty((*x.shape[:-2], 0))
-        if C2 is not None:
-            h2, _ = torch.ops.lrnnx_core.diagonal_scan.default(x, *scan.of(True))
-            _add_projected(y, h2, C2)
-        if D is not None:
-            y.addcmul_(_beside(D, u), u)
-        return y, last, h, h2, x if _wants_drive(scan.scheme) else x.new_empty((*x.shape[:-2], 0))
+    p = Arguments(*arguments)
+    with full_precision(p.u.device):
+        x = _project(p.u, p.B)
+        h, last = torch.ops.lrnnx_core.diagonal_scan.default(*p.scan(x, False))
+        y, h2 = _project(h, p.C), x.new_empty((*x.shape[:-2], 0))
+        if p.C2 is not None:
+            h2, _ = torch.ops.lrnnx_core.diagonal_scan.default(*p.scan(x, True))
+            _add_projected(y, h2, p.C2)
+        if p.D is not None:
+            y.addcmul_(_beside(p.D, p.u), p.u)
+        return y, last, h, h2, x if p.wants_drive else x.new_empty((*x.shape[:-2], 0))
 
 
 def _default_backward(
-    h: Tensor,
-    h2: Tensor,
-    x: Tensor,
-    grad_y: Tensor,
-    grad_last: Tensor,
-    u: Tensor,
-    B: Tensor,
-    C: Tensor,
-    C2: Tensor | None,
-    D: Tensor | None,
-    *rest: Any,
+    h: Tensor, h2: Tensor, x: Tensor, grad_y: Tensor, grad_last: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    scan = _Scan(*rest)
-    driven = _wants_drive(scan.scheme)
+    p = Arguments(*arguments)
+    u, B, C, C2, D, *_ = p
+    scan_backward = torch.ops.lrnnx_core.diagonal_scan_backward.default
     with full_precision(u.device):
-        dx, dA, dsteps, ddt, dh0, dtimesteps = torch.ops.lrnnx_core.diagonal_scan_backward.default(
-            h, _project(grad_y, C.mT), grad_last, x if driven else h, *scan.of(False)
+        dx, dA, dsteps, ddt, dh0, dtimesteps = scan_backward(
+            h, _project(grad_y, C.mT), grad_last, *p.scan(x if p.wants_drive else h, False)
         )
         dC, dC2, dlater = _outer(grad_y, h, C), u.new_empty(0), u.new_empty(0)
         if C2 is not None:
             # no one asks for the state before the first sample: a zero of its own dtype
-            found = torch.ops.lrnnx_core.diagonal_scan_backward.default(
-                h2, _project(grad_y, C2.mT), torch.zeros_like(grad_last), x if driven else h2,
-                *scan.of(True),
-            )  # fmt: skip
+            end = torch.zeros_like(grad_last)
+            found = scan_backward(
+                h2, _project(grad_y, C2.mT), end, *p.scan(x if p.wants_drive else h2, True)
+            )
             dC2, dlater = _outer(grad_y, h2, C2), found[5]
             for total, more in zip((dx, dA, dsteps, ddt), found, strict=False):
                 total.add_(more)
@@ -206,10 +188,6 @@ def _default_backward(
             du.addcmul_(_beside(D, u), grad_y)
             dD = (grad_y * u).sum(tuple(range(D.ndim - 1, u.ndim - 1)))
         return du, dB, dC, dC2, dD, dA, dsteps, ddt, dh0, dtimesteps, dlater
-
-
-def _wants_drive(scheme: str) -> bool:
-    return scheme not in ("none", "dirac")
 
 
 def _project(x: Tensor, W: Tensor) -> Tensor:
@@ -241,20 +219,19 @@ def _beside(parameter: Tensor, x: Tensor) -> Tensor:
     )
 
 
-def _fake(
-    u: Tensor, B: Tensor, C: Tensor, C2: Any, D: Any, A: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    batch, width = u.shape[:-2], B.shape[-2]
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    p = Arguments(*arguments)
+    u, batch, width = p.u, p.u.shape[:-2], p.B.shape[-2]
 
     def states(wanted: bool) -> Tensor:
         return u.new_empty((*u.shape[:-1], width) if wanted else (*batch, 0))
 
     return (
-        u.new_empty((*u.shape[:-1], C.shape[-2])),
-        A.new_empty((*batch, A.shape[-1])),
+        u.new_empty((*u.shape[:-1], p.C.shape[-2])),
+        p.A.new_empty((*batch, p.A.shape[-1])),
         states(True),
-        states(C2 is not None),
-        states(_wants_drive(rest[-1])),
+        states(p.C2 is not None),
+        states(p.wants_drive),
     )
 
 
@@ -266,11 +243,7 @@ def _fake_backward(
     return tuple(like)
 
 
-_ARGUMENTS = (
-    "Tensor u, Tensor B, Tensor C, Tensor? C2, Tensor? D, Tensor A, Tensor? steps, Tensor? dt, "
-    "Tensor? h0, Tensor? timesteps, Tensor? later, Tensor? reset, Tensor? ends, Tensor? mask, "
-    "bool state_only, str scheme"
-)
+_ARGUMENTS = library.parameters(Arguments)
 _leaf = library.define(
     f"projected_scan({_ARGUMENTS}) -> ({', '.join(['Tensor'] * 5)})",
     default=_default,
@@ -286,7 +259,7 @@ _apply = fused(
     _leaf,
     _leaf_backward,
     _composite,
-    Signature(tensors=TENSORS, differentiable=11, choices=2, outputs=2, remembered=(2, 3, 4)),
+    Signature(tensors=14, differentiable=11, choices=2, outputs=2, remembered=(2, 3, 4)),
 )
 
 

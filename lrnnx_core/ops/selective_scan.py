@@ -7,38 +7,22 @@ derivatives, and where more is asked for a composite of differentiable pieces ru
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrnnx_core.backends import blocked_selective, cpu, cuda_selective_scan, library, reference
+from lrnnx_core.backends.blocked_selective import Arguments
 from lrnnx_core.backends.transforms import (
     allow_in_graph,
     differentiation_depth,
     full_precision,
 )
-from lrnnx_core.discretize import FUSED, resolve
+from lrnnx_core.discretize import FUSED, SCHEMES, resolve
 from lrnnx_core.ops._fused import Signature, fused
 from lrnnx_core.ops.linear_scan import linear_scan
 from lrnnx_core.types import Backend, Discretization, Number, Scheme, TimestepMode
-
-
-class Arguments(NamedTuple):
-    """The tensors of the leaf operator, in its order; ranks as `blocked_selective` states them."""
-
-    u: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    dt_bias: Tensor | None
-    h0: Tensor | None
-    decay_dt: Tensor | None
-    timesteps: Tensor | None
-    reset: Tensor | None
 
 
 def selective_scan(
@@ -102,17 +86,20 @@ def selective_scan(
     if discretization == "none":
         raise ValueError("selective_scan: discretization 'none' has no use for dt")
     scheme, timestep_mode = resolve(discretization, timestep_mode, alpha, where="selective_scan")
+    name = discretization if isinstance(discretization, str) else ""  # of a callable there is none
+    name = "zoh" if name == "async" else name
     arguments = _prepare(
-        Arguments(u, dt, A, B, C, D, z, dt_bias, h0, decay_dt, integration_timesteps, reset)
-    )
-    name = "zoh" if discretization == "async" else discretization
-    state_only = timestep_mode == "state_only"
+        Arguments(
+            u, dt, A, B, C, D, z, dt_bias, h0, decay_dt, integration_timesteps, reset,
+            softplus, timestep_mode == "state_only", name,
+        )
+    )  # fmt: skip
     with full_precision(u.device):
         if backend == "reference":
-            return reference.selective_scan(*arguments, softplus, state_only, scheme)
-        if not isinstance(name, str) or name not in FUSED:
-            return _composite(arguments, softplus, state_only, scheme)
-        return _selective_scan(*arguments, softplus, state_only, name)
+            return reference.selective_scan(*arguments[:-1], scheme)
+        if name not in FUSED:
+            return _composite(arguments, scheme)
+        return _selective_scan(*arguments)
 
 
 def _prepare(x: Arguments) -> Arguments:
@@ -129,9 +116,7 @@ def _prepare(x: Arguments) -> Arguments:
     if decay is not None and decay.ndim == 1:
         decay = decay.unsqueeze(0)
     B, C = _matrix("B", x.B, u, states), _matrix("C", x.C, u, states)
-    x = Arguments(
-        u, x.dt, A, B, C, x.D, x.z, x.dt_bias, x.h0, decay, x.timesteps, x.reset
-    )  # fmt: skip
+    x = Arguments(u, x.dt, A, B, C, x.D, x.z, x.dt_bias, x.h0, decay, *x[10:])
     for name, value, shape in (
         ("A", A, (width, states)), ("D", x.D, (width,)), ("dt_bias", x.dt_bias, (width,)),
     ):  # fmt: skip
@@ -180,7 +165,7 @@ def _time(value: Tensor, axis: int, length: int) -> int:
 def _check_kinds(x: Arguments) -> None:
     """Raise unless devices agree and dtypes are floating (complex where A allows it)."""
     for name, value in zip(Arguments._fields, x, strict=True):
-        if value is None:
+        if not isinstance(value, Tensor):
             continue
         if value.device != x.u.device:
             raise ValueError(f"selective_scan: {name} is on {value.device} and u on {x.u.device}")
@@ -216,22 +201,20 @@ def _matrix(name: str, value: Tensor, u: Tensor, states: int) -> Tensor:
     return grouped
 
 
-def _composite(
-    arguments: Arguments, softplus: bool, state_only: bool, scheme: Scheme
-) -> tuple[Tensor, Tensor]:
+def _composite(p: Arguments, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Compose the operator of differentiable pieces: right to any order, memory L E N."""
-    u, dt, A, B, C, D, z, dt_bias, h0, decay_dt, tau, reset = arguments
+    u, dt, A, B, C, D, z, dt_bias, h0, decay_dt, tau, reset, *_ = p
     real = torch.promote_types(u.dtype, A.real.dtype if A.is_complex() else A.dtype)
     real = reference.state_dtype(real)
     kind = torch.promote_types(real, A.dtype)
     B, C = (_spread(t.to(torch.promote_types(t.dtype, real)), u.shape[-1]) for t in (B, C))
     x = u.to(real)
     delta = dt.to(real) if dt_bias is None else dt.to(real) + dt_bias.to(real)
-    delta = torch.nn.functional.softplus(delta) if softplus else delta
+    delta = torch.nn.functional.softplus(delta) if p.softplus else delta
     decay = delta if decay_dt is None else decay_dt.to(real)
     if tau is not None:
         tau = tau.to(real).unsqueeze(-1)
-        decay, delta = tau * decay, delta if state_only else tau * delta
+        decay, delta = tau * decay, delta if p.state_only else tau * delta
     A_bar, gamma = scheme(A.to(kind), decay.unsqueeze(-1), delta.unsqueeze(-1))
     drive = (gamma * B * x.unsqueeze(-1)).to(kind)
     start = None if h0 is None else h0.to(kind).flatten(-2)
@@ -248,42 +231,16 @@ def _spread(t: Tensor, width: int) -> Tensor:
     return t if t.shape[-2] == width else t.repeat_interleave(width // t.shape[-2], -2)
 
 
-def _selective_scan(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    h0: Tensor | None,
-    decay_dt: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    softplus: bool,
-    state_only: bool,
-    scheme: str,
-) -> tuple[Tensor, Tensor]:
+def _selective_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
     # without a backward to come, nothing is kept for it
     keep = torch.is_grad_enabled() or differentiation_depth() > 0
-    y, last = _apply(
-        u, dt, A, B, C, D, z, dt_bias, h0, decay_dt, timesteps, reset,
-        softplus, state_only, scheme, keep,
-    )  # fmt: skip
+    y, last = _apply(*arguments, keep)
     return y, last
 
 
 def _named_composite(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *tensors, softplus, state_only, name = arguments
-    return _composite(Arguments(*tensors), softplus, state_only, resolve(name)[0])
-
-
-_ARGUMENTS = (
-    "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
-    "Tensor? h0, Tensor? decay_dt, Tensor? timesteps, Tensor? reset, "
-    "bool softplus, bool state_only, str scheme"
-)
+    p = Arguments(*arguments)
+    return _composite(p, SCHEMES[p.scheme])
 
 
 def _shapes(u: Tensor, dt: Tensor, A: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
@@ -312,6 +269,7 @@ def _default_backward(kept: Tensor, gy: Tensor, glast: Tensor, *rest: Any) -> tu
     return tuple(gy.new_empty(0) if g is None else g for g in gradients)
 
 
+_ARGUMENTS = library.parameters(Arguments)
 _leaf = library.define(
     f"selective_scan({_ARGUMENTS}, bool keep) -> (Tensor, Tensor, Tensor)",
     default=blocked_selective.selective_scan,

@@ -49,10 +49,16 @@ def _python() -> list[Finding]:
 
 
 def _numba() -> list[Finding]:
+    from lrnnx_core.backends import library
+
     numba = _package("numba", "cpu", "CPU kernels")
     if numba.remedy:
         return [numba, Finding("CPU ops", "plain PyTorch (no numba)")]
-    if os.environ.get("LRNNX_CPU_BACKEND") == "torch":
+    try:
+        plain = library.plain_on_cpu()
+    except ValueError as error:
+        return [numba, Finding("CPU ops", str(error), "unset LRNNX_CPU_BACKEND")]
+    if plain:
         return [numba, Finding("CPU ops", "plain PyTorch (LRNNX_CPU_BACKEND=torch)")]
     try:
         compiling = importlib.import_module("lrnnx_core.backends.cpu.compiling")

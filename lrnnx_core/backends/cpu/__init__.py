@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -31,7 +30,7 @@ def installed() -> bool:
 
 def in_force() -> bool:
     """Return whether operators run compiled now: numba is there, and nothing switches it off."""
-    return installed() and os.environ.get("LRNNX_CPU_BACKEND") != "torch"
+    return installed() and not library.plain_on_cpu()
 
 
 def implement(module: str, *names: str) -> tuple[library.Implementation, ...] | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.backends import blocked_diagonal
+from lrnnx_core.backends.blocked_diagonal import Arguments
 from lrnnx_core.backends.cpu import diagonal_lines as k
 from lrnnx_core.backends.cpu import diagonal_steady, diagonal_timed, pool
 from lrnnx_core.backends.cpu import selective_schemes as schemes
@@ -31,30 +32,16 @@ STEADY, TIMED = (0.8, 1.6), (3.0, 8.0)
 class _Call:
     """A call's arguments as a table of integers, and how it is dealt out to workers."""
 
-    def __init__(
-        self,
-        x: Tensor,
-        A: Tensor,
-        steps: Tensor | None,
-        dt: Tensor | None,
-        h0: Tensor | None,
-        timesteps: Tensor | None,
-        reset: Tensor | None,
-        mask: Tensor | None,
-        state_only: bool,
-        scheme: str,
-        reverse: bool = False,
-        *,
-        backward: bool,
-    ) -> None:
-        self.reverse = reverse
+    def __init__(self, p: Arguments, *, backward: bool) -> None:
+        x, A, dt, timesteps, scheme = p.x, p.A, p.dt, p.timesteps, p.scheme
+        self.reverse = p.reverse
         self.batch, (self.L, self.S) = x.shape[:-2], (x.shape[-2], A.shape[-1])
         shared = A.ndim - 1
         self.P, self.R = math.prod(self.batch[:shared]), math.prod(self.batch[shared:])
         self.Q, self.dtype, self.real = self.P * self.R, A.dtype, A.real.dtype
         self.steady = scheme == "none" or (dt is None and timesteps is None)
         self.scheme = -1 if self.steady else schemes.SCHEMES[scheme]
-        self.same = self.scheme == schemes.ZOH and (timesteps is None or not state_only)
+        self.same = self.scheme == schemes.ZOH and (timesteps is None or not p.state_only)
         self.gained = self.steady and scheme in FUSED and scheme != "dirac"
         cost = (STEADY if self.steady else TIMED)[backward]
         self.workers = pool.workers(
@@ -72,15 +59,15 @@ class _Call:
         size = self.real.itemsize
         self.set(
             inner=self.R, batches=self.Q, length=self.L, channels=self.S, itemsize=size,
-            blocks=self.blocks, block=self.block, gained=self.gained, state_only=state_only,
+            blocks=self.blocks, block=self.block, gained=self.gained, state_only=p.state_only,
             scratch_step=k.LINES * self.block * size,
         )  # fmt: skip
-        if reverse:  # numbers of steps stand in the order in which those are run
-            marks = (timesteps, reset, mask)
-            timesteps, reset, mask = (None if t is None else t.flip(-1) for t in marks)
+        timesteps, reset, mask = p.marks
+        if p.reverse:  # numbers of steps stand in the order in which those are run
+            timesteps, reset, mask = (None if t is None else t.flip(-1) for t in p.marks)
         self.hold(
-            tables=self.tables(A, steps, scheme),
-            h0=None if h0 is None else halves(h0.to(self.dtype)),
+            tables=self.tables(A, p.steps, scheme),
+            h0=None if p.h0 is None else halves(p.h0.to(self.dtype)),
             times=packed(timesteps, self.real), reset=packed(reset, torch.bool),
             mask=packed(mask, torch.bool),
             scratch=torch.empty(self.workers * k.LINES * self.block, dtype=self.real),
@@ -137,11 +124,13 @@ def halves(z: Tensor) -> Tensor:
     return torch.cat([z.real, z.imag], dim=-1)
 
 
-def diagonal_scan(x: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def diagonal_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Leaf: as `blocked_diagonal.diagonal_scan`."""
-    if x.numel() == 0 or _turns_too_far(A, *rest):
-        return blocked_diagonal.diagonal_scan(x, A, *rest)
-    call = _Call(x, A, *rest, backward=False)
+    p = Arguments(*arguments)
+    x = p.x
+    if x.numel() == 0 or _turns_too_far(p):
+        return blocked_diagonal.diagonal_scan(*p)
+    call = _Call(p, backward=False)
     h = torch.empty(x.shape, dtype=call.real)
     last = torch.empty((*x.shape[:-2], x.shape[-1]), dtype=call.real)
     call.sequence("h", h, 2 * call.S)
@@ -152,13 +141,14 @@ def diagonal_scan(x: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def diagonal_scan_backward(
-    h: Tensor, grad_h: Tensor, grad_last: Tensor, x: Tensor, A: Tensor, *rest: Any
+    h: Tensor, grad_h: Tensor, grad_last: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     """Leaf: as `blocked_diagonal.gradients`."""
-    if x.numel() == 0 or _turns_too_far(A, *rest):
-        return blocked_diagonal.gradients(h, grad_h, grad_last, x, A, *rest)
-    (steps, dt, _, timesteps), scheme = rest[:4], rest[7]
-    call = _Call(x, A, *rest, backward=True)
+    p = Arguments(*arguments)
+    x, A, dt = p.x, p.A, p.dt
+    if x.numel() == 0 or _turns_too_far(p):
+        return blocked_diagonal.gradients(h, grad_h, grad_last, *p)
+    call = _Call(p, backward=True)
     real = call.real
     dx = torch.empty(x.shape, dtype=real)
     dh0 = torch.empty((*x.shape[:-2], x.shape[-1]), dtype=real)
@@ -171,7 +161,7 @@ def diagonal_scan_backward(
     if ddt is not None:
         call.sequence("ddt", ddt, call.S)
     dtimes = None
-    if timesteps is not None:
+    if p.timesteps is not None:
         dtimes = torch.empty((call.blocks, call.Q, call.L), dtype=real)
         call.hold(dtimes=dtimes)
     timed = diagonal_timed.backward
@@ -180,14 +170,14 @@ def diagonal_scan_backward(
     total = sums.view(call.P, call.R, k.SUMS_EACH, call.S).sum(1).reshape(*A.shape[:-1], -1, call.S)
     first = torch.complex(total[..., 0, :], total[..., 1, :])
     if call.steady:
-        dA, dsteps = _chained(call, first, total, scheme)
+        dA, dsteps = _chained(call, first, total, p.scheme)
     else:
         dA, dsteps = first, total[..., 2, :].contiguous()
     # each absent gradient is a tensor of its own: results of an operator must not alias
     return (
         dx.to(x.dtype),
         dA.to(A.dtype),
-        torch.empty(0, dtype=real) if steps is None else dsteps.to(real, copy=True),
+        torch.empty(0, dtype=real) if p.steps is None else dsteps.to(real, copy=True),
         torch.empty(0, dtype=real) if ddt is None else ddt,
         call.complex(dh0),
         torch.empty(0, dtype=real)
@@ -212,26 +202,15 @@ def _chained(call: _Call, w: Tensor, total: Tensor, scheme: str) -> tuple[Tensor
     return dA, dd + (q * rule.gain_dt(d * A).conj_physical()).real
 
 
-def _turns_too_far(
-    A: Tensor,
-    steps: Tensor | None,
-    dt: Tensor | None,
-    h0: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    mask: Tensor | None,
-    state_only: bool,
-    scheme: str,
-    reverse: bool = False,
-) -> bool:
+def _turns_too_far(p: Arguments) -> bool:
     """Return whether an angle may be beyond the range of the kernels' sine and cosine."""
-    if scheme in ("none", "bilinear") or (dt is None and timesteps is None):
+    if p.scheme in ("none", "bilinear") or (p.dt is None and p.timesteps is None):
         return False
-    most = float((A.imag if steps is None else A.imag * steps).abs().max())
-    if dt is not None:
-        most *= _largest(dt)
-    if timesteps is not None:
-        most *= max(1.0, _largest(timesteps))
+    most = float((p.A.imag if p.steps is None else p.A.imag * p.steps).abs().max())
+    if p.dt is not None:
+        most *= _largest(p.dt)
+    if p.timesteps is not None:
+        most *= max(1.0, _largest(p.timesteps))
     return most > SINCOS_RANGE
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrnnx_core.backends import blocked_selective
+from lrnnx_core.backends.blocked_selective import Arguments, Gradients
 from lrnnx_core.backends.cpu import pool, selective_backward, selective_forward, selective_step
 from lrnnx_core.backends.cpu.pointers import ONES, rows
 from lrnnx_core.backends.cpu.selective_coefficients import (
@@ -34,27 +35,10 @@ NANOSECONDS = {torch.float32: 0.4, torch.float64: 1.0}  # of a state's step, one
 class _Problem:
     """The arguments as the kernels' table."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        z: Tensor | None,
-        dt_bias: Tensor | None,
-        h0: Tensor | None,
-        decay_dt: Tensor | None,
-        timesteps: Tensor | None,
-        reset: Tensor | None,
-        softplus: bool,
-        state_only: bool,
-        scheme: str,
-    ) -> None:
-        tensors = (u, dt, A, B, C, D, z, dt_bias, h0, decay_dt, timesteps)
+    def __init__(self, x: Arguments) -> None:
+        u, A, B, C = x.u, x.A, x.B, x.C
         dtype = torch.float32
-        for t in tensors:
+        for t in x[:11]:  # all but reset
             if t is not None:
                 dtype = torch.promote_types(dtype, t.dtype)
         self.complex = dtype.is_complex
@@ -67,27 +51,27 @@ class _Problem:
         self.M = 2 * self.N if self.complex else self.N
         self.table = np.zeros(FIELDS * len(TENSORS) + len(SIZES), np.int64)
         self.alive: list[Tensor] = []
-        self.scheme = SCHEMES[scheme]
+        self.scheme = SCHEMES[x.scheme]
         self.groups = B.shape[-2], C.shape[-2]
         self._blocks()
         self.sequence("u", u)
-        self.sequence("dt", dt)
-        self.sequence("z", z)
-        self.sequence("decay_dt", decay_dt)
-        self.number("timesteps", None if timesteps is None else timesteps.to(dtype))
-        self.number("reset", reset)
+        self.sequence("dt", x.dt)
+        self.sequence("z", x.z)
+        self.sequence("decay_dt", x.decay_dt)
+        self.number("timesteps", None if x.timesteps is None else x.timesteps.to(dtype))
+        self.number("reset", x.reset)
         self.matrix("B", B)
         self.matrix("C", C)
         self.state("A", A, self.P, 1)
-        self.state("h0", h0, self.P, self.R)
-        self.parameter("D", D)
-        self.parameter("dt_bias", dt_bias)
+        self.state("h0", x.h0, self.P, self.R)
+        self.parameter("D", x.D)
+        self.parameter("dt_bias", x.dt_bias)
         self.sizes(
             itemsize=dtype.itemsize, inner=self.R, length=self.L, width=self.E, states=self.N,
             chunk=blocked_selective.CHUNK, groups_B=self.groups[0], groups_C=self.groups[1],
-            softplus=int(softplus), state_only=int(state_only),
+            softplus=int(x.softplus), state_only=int(x.state_only),
             B_varies=int(B.shape[-3] == self.L), C_varies=int(C.shape[-3] == self.L),
-            pulse=int(scheme == "dirac"),
+            pulse=int(x.scheme == "dirac"),
         )  # fmt: skip
 
     def _blocks(self) -> None:
@@ -177,21 +161,22 @@ class _Problem:
 COSTS = {torch.float32: 1, torch.float64: 1, torch.complex64: 4, torch.complex128: 4}
 
 
-def _default(u: Tensor, A: Any) -> bool:
+def _default(x: Arguments) -> bool:
     """Return whether there is nothing to compute with."""
-    return not u.numel() or not A.numel()
+    return not x.u.numel() or not x.A.numel()
 
 
-def selective_scan(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Leaf: y, the last state, and the states before every chunk."""
-    *arguments, keep = rest
-    if _default(u, rest[1]):
-        return blocked_selective.selective_scan(u, *rest)
+    x, keep = Arguments(*arguments[:-1]), arguments[-1]
+    u = x.u
+    if _default(x):
+        return blocked_selective.selective_scan(*arguments)
     if u.shape[-2] == 1 and not keep:
-        found = selective_step.selective_step(u, *arguments)
+        found = selective_step.selective_step(*x)
         if found is not None:
             return found
-    p = _Problem(u, *arguments)
+    p = _Problem(x)
     y = p.output("y", p.L, p.E)
     last = p.output("last", p.E, p.N, dtype=p.kind)
     chunks = -(-p.L // blocked_selective.CHUNK) if keep else 0
@@ -202,7 +187,7 @@ def selective_scan(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     items = p.P * p.R * (p.E // p.piece) * p.per_piece
     kernel = selective_forward.kernel(p.scheme, p.wide, p.complex)
     p.run(kernel, items, selective_forward.LINES, selective_forward.PLANES, 1.0)
-    kind = _state_dtype(u, rest[1])
+    kind = _state_dtype(u, x.A)
     return (
         y.to(u.dtype).reshape(u.shape),
         last.to(kind).reshape(*p.batch, p.E, p.N),
@@ -211,13 +196,14 @@ def selective_scan(u: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def selective_scan_backward(
-    checkpoints: Tensor, grad_y: Tensor, grad_last: Tensor, u: Tensor, *rest: Any
+    checkpoints: Tensor, grad_y: Tensor, grad_last: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     """Leaf: all gradients, an empty one where the input was None."""
-    if _default(u, rest[1]):
-        found = blocked_selective.selective_scan_backward(checkpoints, grad_y, grad_last, u, *rest)
+    x = Arguments(*arguments)
+    if _default(x):
+        found = blocked_selective.selective_scan_backward(checkpoints, grad_y, grad_last, *x)
         return tuple(grad_y.new_empty(0) if g is None else g for g in found)
-    p = _Problem(u, *rest)
+    p = _Problem(x)
     K, pieces = blocked_selective.CHUNK, p.E // p.piece
     slots = min(p.per_piece, -(-MANY // (p.P * p.R * pieces)))
     slots = -(-p.per_piece // -(-p.per_piece // slots))  # none of them empty
@@ -226,7 +212,7 @@ def selective_scan_backward(
     p.put("kept", kept, kept.stride()[:3])
     p.sequence("gy", grad_y)
     p.state("grad_last", grad_last, p.P, p.R)
-    named: dict[str, Any] = dict(zip(_FIELDS, (u, *rest), strict=False))
+    named: dict[str, Any] = x._asdict()
     decay = named["decay_dt"]
     p.sizes(slots=slots, decay_varies=int(decay is not None and decay.shape[-2] == p.L))
     parts = slots if p.wide else pieces * slots
@@ -257,7 +243,7 @@ def selective_scan_backward(
         grad_y.new_empty(0)
         if name not in g
         else _gathered(p, name, g[name], named[name], grad_last)
-        for name in _FIELDS
+        for name in Gradients._fields
     )
 
 
@@ -282,9 +268,6 @@ def _gathered(p: _Problem, name: str, g: Tensor, like: Tensor | None, grad_last:
             g = g.unflatten(1, (groups, -1)).sum(2)
     g = g.real if g.is_complex() and not like.is_complex() else g
     return g.to(like.dtype).reshape(like.shape)
-
-
-_FIELDS = ("u", "dt", "A", "B", "C", "D", "z", "dt_bias", "h0", "decay_dt", "timesteps")
 
 
 def _state_dtype(u: Tensor, A: Tensor) -> torch.dtype:
