@@ -599,6 +599,22 @@ def test_a_layer_exports(case: Case) -> None:
     assert_agree(program.module()(other), layer(other), 1e-11)
 
 
+@first_case_one_a_kind_quick
+def test_a_layer_exports_for_every_length(case: Case) -> None:
+    if case.entry.name == "s4":
+        pytest.skip("its blocks and its kernel are made for a length")
+    layer, u = layer_of(case).eval(), normal(2, 40, 3)
+    lengths = {1: torch.export.Dim("length", min=2, max=10**6)}
+    # that Mamba-2's chunks hold the sequence is an assertion of the program, not a guard
+    deferred = case.entry.name == "mamba2"
+    program = torch.export.export(
+        layer, (u,), dynamic_shapes=(lengths,), prefer_deferred_runtime_asserts_over_guards=deferred
+    )
+    for length in (3, 64, 150):
+        other = normal(2, length, 3, seed=8)
+        assert_agree(program.module()(other), layer(other), 1e-11)
+
+
 # --------------------------------------------------------------------- bad input
 
 

@@ -35,12 +35,14 @@ CHUNK = {"cpu": 4096, "cuda": 2**16}
 def prefers_convolution(connectivity: str, u: Tensor, states: int) -> bool:
     """Return whether ``auto`` convolves where nothing varies in time.
 
+    While torch.export traces it does not: what is exported holds for every length.
+
     Args:
         connectivity: ``siso`` or ``mimo``, of the registry.
         u: the input (..., L, H).
         states: stored states, of a channel (siso) or of the layer (mimo).
     """
-    if connectivity == "mimo":
+    if connectivity == "mimo" or torch.compiler.is_exporting():
         return False
     if u.device.type == "cuda":
         if states <= CUDA_FUSED and CUDA_KERNELS:

@@ -198,7 +198,7 @@ def _final(table: Krylov, states: Tensor, u: Tensor, lengths: Tensor | None) -> 
     batch, (length, width) = u.shape[:-2], u.shape[-2:]
     size, flat = table.size, u.reshape(batch.numel(), length, width)
     if lengths is None:
-        blocks, rest = divmod(length, size)
+        blocks, rest = length // size, length % size
         x = states[..., blocks, :]
         if rest:
             late = flat[:, length - rest :].flip(-2).permute(2, 1, 0)  # (H, rest, B)

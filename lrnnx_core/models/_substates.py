@@ -205,9 +205,11 @@ def scan(
             check_steady(where, r.A_bar, backwards=bidirectional, convolves=convolves)
         states = 1 if variant == "pointwise" else shape[-1]
         check_planned(where, max_bytes, kernel)
+        # what torch.export traces holds for every length
+        long = not torch.compiler.is_exporting() and states * length >= CONVOLVED
         mode = resolve_mode(
-            where, mode, steady=steady, prefers=states > 1 and states * length >= CONVOLVED,
-            kernel=kernel, chunk_size=chunk_size, max_bytes=max_bytes,
+            where, mode, steady=steady, prefers=states > 1 and long, kernel=kernel,
+            chunk_size=chunk_size, max_bytes=max_bytes,
         )  # fmt: skip
         K = None if kernel is None else kernel.to(dtype)
         h0 = None if state is None else state.to(r.A_bar.dtype)

@@ -42,8 +42,11 @@ def ssd(
     Source: Dao & Gu 2024 (Mamba-2), arXiv:2405.21060, section 6 (block decomposition).
     """
     length, heads = x.shape[-3], x.shape[-2]
-    q = max(1, min(chunk_size, length))
-    chunks = -(-length // q)
+    if torch.compiler.is_exporting():  # for every length: of one or two chunks it would hold alone
+        q, chunks = chunk_size, length // chunk_size + 3
+    else:
+        q = max(1, min(chunk_size, length))
+        chunks = -(-length // q)
     pad = chunks * q - length
 
     def cut(t: Tensor, tail: int) -> Tensor:
@@ -75,11 +78,12 @@ def ssd(
         out_weight = out_weight * closes.unsqueeze(-1)
         in_weight = in_weight * opens.unsqueeze(-1)
         decay = decay * opens[..., -1:]
-    made = torch.einsum("...jh,...jhp,...jhn->...hpn", out_weight, x, B)
+    # in pairs: the order that einsum looks for would bind what torch.export traces to a length
+    made = torch.einsum("...jhp,...jhn->...hpn", out_weight.unsqueeze(-1) * x, B)
     a = decay[..., None, None].expand(made.shape).flatten(-3)
     h, last = linear_scan(a, made.flatten(-3), h0.flatten(-3))
     before = torch.cat([h0.flatten(-3).unsqueeze(-2), h[..., :-1, :]], dim=-2)[..., :chunks, :]
     before = before.unflatten(-1, made.shape[-3:])
-    y = y + torch.einsum("...ih,...ihn,...hpn->...ihp", in_weight, C, before)
+    y = y + in_weight.unsqueeze(-1) * torch.einsum("...ihn,...hpn->...ihp", C, before)
     y = y.flatten(-4, -3).narrow(-3, 0, length)
     return y, last.unflatten(-1, h0.shape[-3:])
