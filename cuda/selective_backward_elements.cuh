@@ -59,19 +59,6 @@ __device__ __forceinline__ void store_elements(X* p, const X (&x)[V]) {
     }
 }
 
-// A store that the compiler does not take apart.
-template <class X, int COUNT>
-__device__ __forceinline__ void write_whole(X* p, const Pack<X, COUNT>& x) {
-    if constexpr (sizeof(x.word) == 16)
-        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(x.word.x), "r"(x.word.y),
-                     "r"(x.word.z), "r"(x.word.w)
-                     : "memory");
-    else if constexpr (sizeof(x.word) == 8)
-        asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(x.word.x), "r"(x.word.y) : "memory");
-    else
-        x.store(p);
-}
-
 // Do lanes' elements stand at multiples of V in a compact sequence?
 __device__ __forceinline__ bool in_whole_elements(const Size& size) {
     return V == 1 || (size.width % V == 0 && size.piece % V == 0);
@@ -88,7 +75,7 @@ __device__ __forceinline__ void write_elements(T* p, const Real (&x)[V], bool ev
             Pack<T, ACROSS<T>> z;
 #pragma unroll
             for (int i = 0; i < ACROSS<T>; ++i) z.item[i] = y[v + i];
-            write_whole(p + v, z);
+            z.put(p + v);
         }
     } else {
 #pragma unroll

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from typing import Any
 
 import hypothesis
 import pytest
@@ -60,3 +61,19 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()
+
+
+@pytest.fixture
+def entries_launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the CUDA kernels launched from now on, by entry point."""
+    from lrnnx_core.backends import cuda
+
+    seen: list[str] = []
+    launch = cuda.Kernel.launch
+
+    def noting(self: cuda.Kernel, *values: Any) -> None:
+        seen.append(self.entry)
+        launch(self, *values)
+
+    monkeypatch.setattr(cuda.Kernel, "launch", noting)
+    return seen

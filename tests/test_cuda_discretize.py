@@ -15,7 +15,7 @@ from test_discretize_diagonal import *  # noqa: F403  # every test of the operat
 from test_discretize_diagonal import SCHEMES, Case, gradients
 from torch import Tensor
 
-from lrnnx_core.backends import cuda, library
+from lrnnx_core.backends import library
 from lrnnx_core.models import s4d
 
 pytestmark = pytest.mark.cuda
@@ -33,20 +33,6 @@ def new_tensors_are_on_the_gpu() -> Iterator[None]:
     torch.set_default_device(None)
 
 
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the kernels launched from now on."""
-    seen: list[str] = []
-    launch = cuda.Kernel.launch
-
-    def noting(self: cuda.Kernel, *values: Any) -> None:
-        seen.append(self.entry)
-        launch(self, *values)
-
-    monkeypatch.setattr(cuda.Kernel, "launch", noting)
-    return seen
-
-
 def errors(got: Any, exact: Any) -> list[float]:
     pairs = zip(got, exact, strict=True)
     return [float((g.double() - e).norm() / e.norm().clamp(min=1e-30)) for g, e in pairs]
@@ -55,7 +41,7 @@ def errors(got: Any, exact: Any) -> list[float]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", LAYERS)
 def test_float32_errs_no_more_than_plain_pytorch(
-    name: str, scheme: str, launches: list[str]
+    name: str, scheme: str, entries_launched: list[str]
 ) -> None:
     case = LAYERS[name]
     single = case.tensors(torch.float32)
@@ -66,9 +52,9 @@ def test_float32_errs_no_more_than_plain_pytorch(
         return f(scheme, *single), gradients(lambda *x: f(scheme, *x), single)
 
     plain = both(case.expected)
-    launches.clear()
+    entries_launched.clear()
     got = both(case.run)
-    assert {"discretize", "discretize_backward"} <= set(launches)
+    assert {"discretize", "discretize_backward"} <= set(entries_launched)
     for place, factor in ((0, 2), (1, 3)):
         for mine, theirs in zip(
             errors(got[place], want[place]), errors(plain[place], want[place]), strict=True

@@ -15,7 +15,7 @@ import torch
 from model_cases import error, widen
 from torch import Tensor
 
-from lrnnx_core.backends import cuda, donation, library
+from lrnnx_core.backends import donation, library
 from lrnnx_core.ops import _step_formulas as formulas
 from lrnnx_core.ops import steps
 
@@ -44,20 +44,6 @@ def new_tensors_are_on_the_gpu() -> Iterator[None]:
     torch.set_default_device("cuda")
     yield
     torch.set_default_device(None)
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the kernels launched from now on."""
-    seen: list[str] = []
-    launch = cuda.Kernel.launch
-
-    def noting(self: cuda.Kernel, *values: Any) -> None:
-        seen.append(self.entry)
-        launch(self, *values)
-
-    monkeypatch.setattr(cuda.Kernel, "launch", noting)
-    return seen
 
 
 def problems(batch: tuple[int, ...], size: int = 1) -> Iterator[Problem]:
@@ -208,24 +194,24 @@ every_name = pytest.mark.parametrize("name", NAMES)
 @every_dtype
 @every_name
 def test_a_kernel_computes_its_formulas(
-    name: str, dtype: torch.dtype, batch: tuple[int, ...], launches: list[str]
+    name: str, dtype: torch.dtype, batch: tuple[int, ...], entries_launched: list[str]
 ) -> None:
     for n, what, arguments in at(batch):
         if n == name:
-            launches.clear()
+            entries_launched.clear()
             mine = cast(name, arguments, dtype)
             hold(name, what, run(name, mine), mine)
-            assert launched(name, batch, launches), (name, what)
+            assert launched(name, batch, entries_launched), (name, what)
 
 
 @every_name
-def test_wide_layers(name: str, launches: list[str]) -> None:
+def test_wide_layers(name: str, entries_launched: list[str]) -> None:
     for batch in ((3,), (40,)):
         for n, what, arguments in at(batch, 16):
             if n == name:
                 mine = cast(name, arguments, torch.float32)
                 hold(name, what, run(name, mine), mine)
-                assert launched(name, batch, launches)
+                assert launched(name, batch, entries_launched)
 
 
 @every_name

@@ -8,7 +8,7 @@ sequences (what a vmap over parameters adds); their gradients are summed over th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,31 @@ from lrnnx_core.backends import cuda, cuda_conv1d, cuda_selective_scan, library
 from lrnnx_core.backends.transforms import full_precision
 
 Leaf = Callable[..., tuple[Any, ...]]
+
+
+class Arguments(NamedTuple):
+    """The arguments of `lrnnx_core.ops.mamba_inner.mamba_inner`, in its order."""
+
+    xz: Tensor
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt_proj: Tensor
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+    tail: Tensor | None
+    h0: Tensor | None
+    decay_dt: Tensor | None
+    timesteps: Tensor | None
+    reset: Tensor | None
+    state_only: bool
+    scheme: str
+
+    @property
+    def seen(self) -> Tensor | None:
+        """What of the resets the convolution sees: nothing, if it has one tap."""
+        return None if self.conv_weight.shape[-1] == 1 else self.reset
 
 
 def gradients(*arguments: Any) -> tuple[Tensor, ...]:
@@ -67,52 +92,38 @@ def _compose(
     grad_y: Tensor,
     grad_tail: Tensor,
     grad_last: Tensor,
-    xz: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    x_proj: Tensor,
-    dt_proj: Tensor,
-    A: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    tail: Tensor | None,
-    h0: Tensor | None,
-    decay_dt: Tensor | None,
-    timesteps: Tensor | None,
-    reset: Tensor | None,
-    state_only: bool,
-    scheme: str,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
     """Compose the gradients of what the backward leaves of the scan and the convolution return.
 
     That of the convolution takes two gradients of its output, which are to be added, before its
     other arguments, and returns the gradient of xz in the place of that of x.
     """
-    shared, rank, states = x_proj.ndim - 2, dt_proj.shape[-1], A.shape[-1]
+    p = Arguments(*arguments)
+    shared, rank, states = p.x_proj.ndim - 2, p.dt_proj.shape[-1], p.A.shape[-1]
 
     def rows(t: Tensor) -> Tensor:
         return t.reshape(*t.shape[:shared], -1, t.shape[-1])
 
-    x, z = xz.chunk(2, -1)
+    x, z = p.xz.chunk(2, -1)
     r, B, C = mixed.split([rank, states, states], -1)
-    with full_precision(xz.device):  # a backward pass may be run inside of an autocast region
+    with full_precision(p.xz.device):  # a backward pass may be run inside of an autocast region
         dv, ddt, dA, dB, dC, dD, _, dbias, dh0, ddecay, dtau = scan(
-            checkpoints, grad_y, grad_last, v, dt, A, B.unsqueeze(-2), C.unsqueeze(-2), D, z,
-            dt_bias, h0, decay_dt, timesteps, reset, True, state_only, scheme,
+            checkpoints, grad_y, grad_last, v, dt, p.A, B.unsqueeze(-2), C.unsqueeze(-2), p.D, z,
+            p.dt_bias, p.h0, p.decay_dt, p.timesteps, p.reset, True, p.state_only, p.scheme,
         )  # fmt: skip
-        dr = (rows(ddt) @ dt_proj).reshape(r.shape)
+        dr = (rows(ddt) @ p.dt_proj).reshape(r.shape)
         ddt_proj = rows(ddt).mT @ rows(r)
         del ddt
         dmixed = rows(torch.cat([dr, dB.squeeze(-2), dC.squeeze(-2)], -1))
         dx_proj = dmixed.mT @ rows(v)
-        more = (dmixed @ x_proj).reshape(v.shape)
+        more = (dmixed @ p.x_proj).reshape(v.shape)
         del dr, dB, dC, dmixed
         dxz, dweight, dconv_bias, dtail = convolution(
-            dv, more, grad_tail, x, conv_weight, conv_bias, tail,
-            None if conv_weight.shape[-1] == 1 else reset, True,
+            dv, more, grad_tail, x, p.conv_weight, p.conv_bias, p.tail, p.seen, True,
         )  # fmt: skip
     ddecay, dtau = (dxz.new_empty(0) if g is None else g for g in (ddecay, dtau))
-    dh0 = dxz.new_empty(0) if h0 is None else dh0.to(h0.dtype)
+    dh0 = dxz.new_empty(0) if p.h0 is None else dh0.to(p.h0.dtype)
     return (
         dxz, dweight, dconv_bias, dx_proj, ddt_proj, dA, dD, dbias, dtail, dh0, ddecay, dtau,
     )  # fmt: skip

@@ -32,17 +32,23 @@ CHUNK = {"cpu": 4096, "cuda": 2**16}
 """Samples a chunk of a convolution that is cut without being asked to, by the kind of device."""
 
 
+def chooses_by_length() -> bool:
+    """Return whether ``auto`` may look at the length.
+
+    While torch.export traces it scans: what is exported holds for every length.
+    """
+    return not torch.compiler.is_exporting()
+
+
 def prefers_convolution(connectivity: str, u: Tensor, states: int) -> bool:
     """Return whether ``auto`` convolves where nothing varies in time.
-
-    While torch.export traces it does not: what is exported holds for every length.
 
     Args:
         connectivity: ``siso`` or ``mimo``, of the registry.
         u: the input (..., L, H).
         states: stored states, of a channel (siso) or of the layer (mimo).
     """
-    if connectivity == "mimo" or torch.compiler.is_exporting():
+    if connectivity == "mimo" or not chooses_by_length():
         return False
     if u.device.type == "cuda":
         if states <= CUDA_FUSED and CUDA_KERNELS:

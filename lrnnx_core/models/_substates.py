@@ -15,7 +15,13 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from lrnnx_core.models._auto import check_planned, chunk_length, in_chunks, resolve_mode
+from lrnnx_core.models._auto import (
+    check_planned,
+    chooses_by_length,
+    chunk_length,
+    in_chunks,
+    resolve_mode,
+)
 from lrnnx_core.models._common import (
     check_choice,
     check_input,
@@ -205,8 +211,7 @@ def scan(
             check_steady(where, r.A_bar, backwards=bidirectional, convolves=convolves)
         states = 1 if variant == "pointwise" else shape[-1]
         check_planned(where, max_bytes, kernel)
-        # what torch.export traces holds for every length
-        long = not torch.compiler.is_exporting() and states * length >= CONVOLVED
+        long = chooses_by_length() and states * length >= CONVOLVED
         mode = resolve_mode(
             where, mode, steady=steady, prefers=states > 1 and long, kernel=kernel,
             chunk_size=chunk_size, max_bytes=max_bytes,

@@ -108,20 +108,16 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _run(convolve: Any, scan: Any, *arguments: Any) -> tuple[Any, ...]:
     """Return what the scan does, the new tail, v, x_proj v and dt."""
-    (
-        xz, conv_weight, conv_bias, x_proj, dt_proj, A, D, dt_bias, tail, h0, decay_dt, timesteps,
-        reset, state_only, scheme,
-    ) = arguments  # fmt: skip
-    x, z = xz.chunk(2, -1)
-    seen = None if conv_weight.shape[-1] == 1 else reset
-    v, last = convolve(x, conv_weight, conv_bias, tail, seen)
-    mixed = linear(v, x_proj)
-    states = A.shape[-1]
-    r, B, C = mixed.split([dt_proj.shape[-1], states, states], -1)
-    dt = linear(r, dt_proj)
+    p = backend.Arguments(*arguments)
+    x, z = p.xz.chunk(2, -1)
+    v, last = convolve(x, p.conv_weight, p.conv_bias, p.tail, p.seen)
+    mixed = linear(v, p.x_proj)
+    states = p.A.shape[-1]
+    r, B, C = mixed.split([p.dt_proj.shape[-1], states, states], -1)
+    dt = linear(r, p.dt_proj)
     found = scan(
-        v, dt, A, B.unsqueeze(-2), C.unsqueeze(-2), D, z, dt_bias, h0, decay_dt, timesteps, reset,
-        state_only, scheme,
+        v, dt, p.A, B.unsqueeze(-2), C.unsqueeze(-2), p.D, z, p.dt_bias, p.h0, p.decay_dt,
+        p.timesteps, p.reset, p.state_only, p.scheme,
     )  # fmt: skip
     return found, last, v, mixed, dt
 
@@ -132,14 +128,10 @@ def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(absent.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
 
 
-_ARGUMENTS = (
-    "Tensor xz, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj, Tensor dt_proj, Tensor A, "
-    "Tensor D, Tensor dt_bias, Tensor? tail, Tensor? h0, Tensor? decay_dt, Tensor? timesteps, "
-    "Tensor? reset, bool state_only, str scheme"
-)
 _leaf_backward = library.define(
     "mamba_inner_backward(Tensor v, Tensor mixed, Tensor dt, Tensor checkpoints, Tensor grad_y, "
-    f"Tensor grad_tail, Tensor grad_last, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * 12)})",
+    f"Tensor grad_tail, Tensor grad_last, {library.parameters(backend.Arguments)}) "
+    f"-> ({', '.join(['Tensor'] * 12)})",
     default=backend.gradients,
     fake=_fake_backward,
 )
