@@ -169,9 +169,10 @@ struct Pole<Complex<R>> {
     R turns_rest;
 #endif
 
-    // A = 0 is taken as a number so small that its exponential is 1 and the gain its step.
+    // A = 0 is taken as a number so small that its exponential is 1 and the gain its step. Under NONE, A
+    // is the decay itself, and 0 stays 0.
     __device__ __forceinline__ explicit Pole(State A = Constant<State>::zero()) {
-        const bool zero = A.re == 0 && A.im == 0;
+        const bool zero = SCHEME != NONE && A.re == 0 && A.im == 0;
         a = zero ? State{R(sizeof(R) == 4 ? 0x1p-40 : 0x1p-100), R(0)} : A;
         turns = R(double(A.im) * 0.15915494309189533577);
 #ifdef EXACT_ANGLES

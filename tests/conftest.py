@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import hypothesis
@@ -61,6 +62,14 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def new_tensors_are_on_the_gpu() -> Iterator[None]:
+    """For the tests of a whole file: where no device is named, it is the GPU."""
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
 
 
 @pytest.fixture

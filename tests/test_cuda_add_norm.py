@@ -67,6 +67,7 @@ def run(
 
 
 def error(got: Tensor, expected: Tensor) -> float:
+    got, expected = got.detach(), expected.detach()
     return float((got.double() - expected).norm() / expected.norm().clamp(min=1e-30))
 
 

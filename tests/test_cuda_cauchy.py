@@ -8,7 +8,6 @@ operator's cases under PyTorch's transforms run on a GPU in ``test_cuda.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,17 +17,10 @@ from torch import Tensor
 from lrnnx_core import ops
 from lrnnx_core.backends import blocked_sums, cuda, cuda_cauchy
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 F32, F64 = torch.float32, torch.float64
 EVERY_DTYPE = pytest.mark.parametrize("dtype", cuda_cauchy.DTYPES, ids=str)
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 def draw(*shape: int, seed: int) -> Tensor:

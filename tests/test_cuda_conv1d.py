@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -21,7 +20,7 @@ from torch import Tensor
 from lrnnx_core.backends import blocked_conv1d, cuda, cuda_conv1d
 from lrnnx_core.ops import causal_conv1d
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 
 # This is about the CPU and no device.
 if getattr(test_causal_conv1d, "test_bad_arguments_are_named", None) is None:
@@ -31,13 +30,6 @@ globals().pop("test_bad_arguments_are_named", None)
 DTYPES = tuple(cuda_conv1d.NAMES)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 Inputs = tuple[Tensor | None, ...]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 def problem(

@@ -5,7 +5,6 @@ Run with ``pytest -m cuda tests/test_cuda_decode.py`` on a machine with a GPU an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,17 +22,10 @@ from lrnnx_nn import LRNNLMHeadModel, Mamba
 from lrnnx_nn.generation import engine, generate, rollout
 from lrnnx_nn.generation.state import tensors
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

@@ -5,7 +5,6 @@ Run with ``pytest -m cuda tests/test_cuda_diagonal_scan.py`` on a machine that h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -34,14 +33,7 @@ for _name in (
     globals().pop(_name, None)
 
 # The operator's suite runs with and without the compiled CPU backend, which does not matter here.
-pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 
 
 Problem = list[Tensor | None]

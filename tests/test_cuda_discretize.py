@@ -6,7 +6,6 @@ Run with ``pytest -m cuda tests/test_cuda_discretize.py`` on a machine with a GP
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,19 +17,12 @@ from torch import Tensor
 from lrnnx_core.backends import library
 from lrnnx_core.models import s4d
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 LAYERS = {
     "layer": Case("pair", (64, 32), (64, 1), (64, 32)),
     "layer in time": Case("pair", (16, 32), (300, 16, 1), (16, 32)),
     "real layer": Case("real", (64, 100), (64, 1), (64, 100)),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 def errors(got: Any, exact: Any) -> list[float]:
@@ -126,7 +118,9 @@ def test_a_layer_launches_few_kernels() -> None:
 
     for f, most in ((forward, 10), (both, 40)):
         f()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+        ) as profile:
             f()
             torch.cuda.synchronize()
         device = torch.autograd.DeviceType.CUDA

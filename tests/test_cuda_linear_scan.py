@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from torch import Tensor
 from lrnnx_core.backends import blocked, cuda, cuda_linear_scan, cuda_tiles
 from lrnnx_core.ops import linear_scan
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 ROOT = Path(__file__).parent.parent
 
 # These are about the CPU, or about no device.
@@ -32,6 +31,7 @@ for _name in (
     "test_a_compiled_backend_is_used_wherever_the_operator_is",
     "test_the_reference_backend_reaches_no_compiled_one",
     "test_the_environment_switches_back_to_pytorch_and_on_again",
+    "test_another_word_in_the_environment_is_no_backend",
     "test_dropping_the_handle_brings_back_what_was_there",
     "test_a_backend_gets_a_constant_coefficient_unexpanded",
     "test_implement_refuses_unknown_names_and_devices",
@@ -43,13 +43,6 @@ for _name in (
     if getattr(test_linear_scan, _name, None) is None:
         raise RuntimeError(f"{_name} is gone from test_linear_scan.py")
     globals().pop(_name, None)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 def leaves(*inputs: Tensor | None, reverse: bool = False) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from lrnnx_core.backends.cuda_linear_step import FEW_ROWS, linear_step
 from lrnnx_core.backends.donation import settling
 from lrnnx_nn import Mamba
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 
 DTYPES = tuple(cuda_linear_tile.MOST_PRODUCTS)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -25,13 +25,6 @@ SIZES = [
     (16, 64), (32, 16), (128, 512), (256, 128), (768, 300), (1536, 70), (1, 1), (7, 5), (20, 37),
     (1034, 9), (4100, 33),
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ Run with ``pytest -m cuda tests/test_cuda_mamba_inner.py`` on a machine that has
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,14 +22,7 @@ from lrnnx_core.backends import cuda_selective_scan
 from lrnnx_core.models import _selective
 from lrnnx_nn import STREAM, Mamba
 
-pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 
 
 def gradients(layer: Any, u: Tensor, **call: Any) -> list[Tensor]:

@@ -5,8 +5,6 @@ Run with ``pytest -m cuda tests/test_cuda_projected_scan.py`` on a machine that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from test_projected_scan import *  # noqa: F403  # every test of the operator, collected again here
@@ -15,14 +13,7 @@ from torch import Tensor
 
 from lrnnx_core.backends import cuda, cuda_feedthrough
 
-pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 
 
 def test_the_kernels_are_in_force() -> None:

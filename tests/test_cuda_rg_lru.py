@@ -6,7 +6,6 @@ Run with ``pytest -m cuda tests/test_cuda_rg_lru.py`` on a machine that has a GP
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from torch import Tensor
 from lrnnx_core.backends import blocked_rg_lru, cuda, cuda_rg_lru
 from lrnnx_core.models import rglru
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 DTYPES = tuple(cuda_rg_lru.PLANS)
 GRADIENTS = FIELDS[:8]
 
@@ -32,13 +31,6 @@ for _name in (
     if getattr(test_rg_lru_scan, _name, None) is None:
         raise RuntimeError(f"{_name} is gone from test_rg_lru_scan.py")
     globals().pop(_name, None)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 def problem(

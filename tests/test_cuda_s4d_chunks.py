@@ -15,7 +15,6 @@ from test_cuda_s4d_scan import (
     cotangents,
     error,
     everything_in_chunks,
-    new_tensors_are_on_the_gpu,  # noqa: F401
     problem,
     same,
     short_segments,
@@ -24,7 +23,7 @@ from test_cuda_s4d_scan import (
 
 from lrnnx_core.backends import blocked_s4d, cuda_s4d, cuda_s4d_chunks
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 DTYPES = pytest.mark.parametrize("dtype", cuda_s4d_chunks.DTYPES, ids=str)
 
 

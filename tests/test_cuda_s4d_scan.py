@@ -21,7 +21,7 @@ from lrnnx_core.backends import blocked_s4d, cuda, cuda_s4d, cuda_s4d_chunks
 from lrnnx_core.backends.reference import state_dtype
 from lrnnx_core.models import s4d
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 DTYPES = cuda_s4d.DTYPES
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 EVERY_FORM = pytest.mark.parametrize(
@@ -30,13 +30,6 @@ EVERY_FORM = pytest.mark.parametrize(
     indirect=["chunks"], ids=str,
 )  # fmt: skip
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

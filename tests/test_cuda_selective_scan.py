@@ -6,7 +6,6 @@ Run with ``pytest -m cuda tests/test_cuda_selective_scan.py`` on a machine that 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from torch import Tensor
 from lrnnx_core.backends import blocked_selective, cuda, cuda_selective, cuda_selective_scan
 from lrnnx_core.ops import selective_scan
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 
 # These are about the CPU, or about no device.
 for _name in (
@@ -33,13 +32,6 @@ for _name in (
     if getattr(test_selective_scan, _name, None) is None:
         raise RuntimeError(f"{_name} is gone from test_selective_scan.py")
     globals().pop(_name, None)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 MAMBA = ("D", "z", "dt_bias", "h0")

@@ -7,7 +7,6 @@ Run with ``pytest -m cuda tests/test_cuda_selective_step.py`` on a machine with 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,19 +18,12 @@ from lrnnx_core.backends import blocked_selective, cuda_selective_step
 from lrnnx_core.backends.cuda_selective_step import selective_step
 from lrnnx_core.discretize import FUSED
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 COMPLEX = pytest.mark.parametrize("complex_", [False, True], ids=["real", "complex"])
 OPTIONAL = ("D", "z", "dt_bias", "h0", "decay_dt", "timesteps", "reset")
 Named = dict[str, Tensor | None]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 def problem(

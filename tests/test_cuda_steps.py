@@ -19,7 +19,7 @@ from lrnnx_core.backends import donation, library
 from lrnnx_core.ops import _step_formulas as formulas
 from lrnnx_core.ops import steps
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 
 NAMES = (
     "diagonal_step", "flow_step", "siso_step", "griffin_step", "ssd_step", "s7_step", "rms_norm",
@@ -37,13 +37,6 @@ LOW = {
 }
 """Which arguments have the activations' dtype, if not the first alone."""
 Problem = tuple[str, str, tuple[Any, ...]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 def problems(batch: tuple[int, ...], size: int = 1) -> Iterator[Problem]:

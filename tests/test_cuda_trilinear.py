@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,15 +19,8 @@ from lrnnx_core import s7
 from lrnnx_core.backends import cuda, cuda_trilinear, library
 from lrnnx_core.ops.trilinear import trilinear
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 ORDERS = list(itertools.permutations(range(3)))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

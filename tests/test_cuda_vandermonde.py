@@ -8,7 +8,6 @@ operator's cases under PyTorch's transforms run on a GPU in ``test_cuda.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,17 +16,10 @@ from torch import Tensor
 from lrnnx_core import ops
 from lrnnx_core.backends import blocked_sums, cuda, cuda_vandermonde
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("new_tensors_are_on_the_gpu")]
 DTYPES = cuda_vandermonde.DTYPES
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 C64 = torch.complex64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def new_tensors_are_on_the_gpu() -> Iterator[None]:
-    torch.set_default_device("cuda")
-    yield
-    torch.set_default_device(None)
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:

@@ -38,7 +38,7 @@ def launches(session: Session, f: Callable[[], Any]) -> float:
     f()
     session.synchronize()
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         f()
         session.synchronize()
     on_gpu = torch.autograd.DeviceType.CUDA
