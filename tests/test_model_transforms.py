@@ -312,3 +312,31 @@ def test_inductor(case: Case, mode: str) -> None:
     f, x = problem(case, mode)
     got = table.compiled_function(transform, "inductor")(f, x)
     table.assert_equal(got, transform(problem(case, LOOP)[0], x), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["s5", "lru", "event_ssm", "s7"])
+def test_a_compiled_scan_forms_its_matrices_in_real_numbers(name: str) -> None:
+    """Complex operations are run one by one, of real ones inductor makes one kernel."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    model = registry.get(name)
+    width = 7
+    params = model.init(width, N)
+    complex_matrices: list[str] = []
+
+    def look(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        values = ((node, node.meta.get("val")) for node in module.graph.nodes)
+        complex_matrices.extend(
+            node.name
+            for node, value in values
+            if isinstance(value, Tensor) and value.is_complex() and value.shape[-1:] == (width,)
+        )
+        return module.forward
+
+    def run(u: Tensor) -> Tensor:
+        return model.scan(params, u, mode="scan")[0]
+
+    u = torch.randn(L, width)
+    got = torch.compile(run, fullgraph=True, backend=aot_autograd(fw_compiler=look))(u)
+    table.assert_equal(got, run(u), 1e-6)
+    assert not complex_matrices

@@ -234,7 +234,12 @@ def compute_dtype(params: Params, *tensors: Tensor | None) -> torch.dtype:
 
 def pair(params: Params, key: str, dtype: torch.dtype) -> Tensor:
     """Return the complex tensor stored as key_re, key_im."""
-    return torch.complex(params[key + "_re"].to(dtype), params[key + "_im"].to(dtype))
+    return torch.complex(*parts_of(params, key, dtype))
+
+
+def parts_of(params: Params, key: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return key_re and key_im."""
+    return params[key + "_re"].to(dtype), params[key + "_im"].to(dtype)
 
 
 def scaled(x: Tensor, number: Number) -> Tensor:

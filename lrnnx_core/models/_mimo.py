@@ -49,19 +49,23 @@ from lrnnx_core.ops.steps import diagonal_step, flow_step
 from lrnnx_core.sequences import Layout, align_right, at_length
 from lrnnx_core.types import Discrete, Discretization, Mode, Params, TimestepMode
 
+Halves = tuple[Tensor, Tensor]
+"""Real and imaginary part."""
+
 
 class Recurrence(NamedTuple):
     """A discretized model.
 
     A_bar is (P,), or (..., L, P) under irregular time; gamma (P,) or (..., L, P), None where B (P,
     H) is B_bar already. ``exponent`` returns z = log A_bar, (P,), where the scheme gives it: not
-    every run asks for it.
+    every run asks for it. ``parts`` are what B was put together from, if it was.
     """
 
     A_bar: Tensor
     gamma: Tensor | None
     B: Tensor
     exponent: Callable[[], Tensor] | None = None
+    parts: Halves | None = None
 
     @property
     def z(self) -> Tensor | None:
@@ -71,6 +75,18 @@ class Recurrence(NamedTuple):
     def B_bar(self) -> Tensor:
         """Return gamma * B, (P, H) or (..., L, P, H)."""
         return self.B if self.gamma is None else self.gamma.unsqueeze(-1) * self.B
+
+    def steady_flow(self) -> Flow:
+        """Return what a scan runs where gamma does not vary in time.
+
+        torch.compile runs complex arithmetic kernel by kernel and fuses real arithmetic, of which
+        there are more operations: too many to be launched one by one.
+        """
+        parts = self.parts
+        if self.gamma is not None and parts is not None:
+            compiling = torch.compiler.is_compiling()
+            parts = _times(self.gamma, parts) if compiling else None
+        return Flow(self.A_bar, None, None, "none", "both", self.B_bar(), parts)
 
     def drive(self, u: Tensor) -> Tensor:
         """Return gamma_t * (B u_t), (..., L, P), by two real products."""
@@ -88,11 +104,21 @@ class Recurrence(NamedTuple):
         return (p.coarse.unsqueeze(1) * p.fine).flatten(0, 1)[:length]
 
 
+def _times(gain: Tensor, parts: Halves) -> Halves:
+    """Return the parts of gain (P,), real or complex, times a matrix (P, H)."""
+    re, im = parts
+    if not gain.is_complex():
+        return gain.unsqueeze(-1) * re, gain.unsqueeze(-1) * im
+    a, b = torch.view_as_real(gain).unsqueeze(-2).unbind(-1)
+    return a * re - b * im, a * im + b * re
+
+
 class Flow(NamedTuple):
     """A model before A_bar and gamma are formed: where they vary in time, (..., L, P) never is.
 
     A (P,) is the continuous state matrix, dt the step, (P,), (..., L, P) or None for 1; timesteps
-    (..., L) or None; B (P, H). The scheme is one of `FUSED`.
+    (..., L) or None; B (P, H), and its ``parts`` where they are known. The scheme is one of
+    `FUSED`.
     """
 
     A: Tensor
@@ -101,6 +127,7 @@ class Flow(NamedTuple):
     scheme: str
     timestep_mode: TimestepMode
     B: Tensor
+    parts: Halves | None = None
 
     @classmethod
     def of(
@@ -111,13 +138,19 @@ class Flow(NamedTuple):
         discretization: Discretization,
         timestep_mode: TimestepMode,
         B: Tensor,
+        parts: Halves,
     ) -> Flow | None:
         """Return the flow of a checked choice, or None where it must be composed."""
         if discretization == "async":
             discretization, timestep_mode = "zoh", "state_only"
         if not isinstance(discretization, str) or discretization not in FUSED:
             return None
-        return cls(A, dt, timesteps, discretization, timestep_mode, B)
+        return cls(A, dt, timesteps, discretization, timestep_mode, B, parts)
+
+    @property
+    def drive_weight(self) -> Tensor:
+        """Return B in halves, (2P, H), real."""
+        return torch.cat((self.B.real, self.B.imag) if self.parts is None else self.parts)
 
     def discretized(self) -> Recurrence:
         """Return A_bar and gamma in full."""
@@ -125,8 +158,8 @@ class Flow(NamedTuple):
         dd = d if self.timesteps is None else self.timesteps.unsqueeze(-1) * d
         drive = d if self.timestep_mode == "state_only" and self.timesteps is not None else None
         A_bar, gamma = apply_scheme(self.A, dd, drive, scheme=self.scheme)
-        known = self.steady and self.scheme in EXPONENTIAL
-        return Recurrence(A_bar, gamma, self.B, (lambda: dd * self.A) if known else None)
+        exponent = (lambda: dd * self.A) if self.steady and self.scheme in EXPONENTIAL else None
+        return Recurrence(A_bar, gamma, self.B, exponent, self.parts)
 
     @property
     def steady(self) -> bool:
@@ -138,9 +171,8 @@ class Flow(NamedTuple):
         steady = self.timestep_mode == "state_only" and (self.dt is None or self.dt.ndim == 1)
         if not steady or self.scheme not in EXPONENTIAL or self.scheme == "dirac":
             return self
-        gamma = self._replace(timesteps=None).discretized().gamma
-        B = self.B if gamma is None else gamma.unsqueeze(-1) * self.B
-        return self._replace(scheme="dirac", B=B)
+        steady = self._replace(timesteps=None).discretized().steady_flow()
+        return self._replace(scheme="dirac", B=steady.B, parts=steady.parts)
 
 
 Source = Callable[[torch.dtype, Tensor | None], Recurrence | Flow]
@@ -344,7 +376,7 @@ def states(
     else:
         flow = _flow(r)
         h, last = diagonal_scan(
-            torch.nn.functional.linear(x, torch.cat([flow.B.real, flow.B.imag])), flow.A, flow.dt,
+            torch.nn.functional.linear(x, flow.drive_weight), flow.A, flow.dt,
             None if state is None else state.to(kind), discretization=flow.scheme,
             integration_timesteps=flow.timesteps, timestep_mode=flow.timestep_mode, reset=reset,
             mask=layout.mask,
@@ -366,7 +398,7 @@ def _flows(r: Recurrence | Flow) -> bool:
 def _flow(r: Recurrence | Flow) -> Flow:
     """Return what the scan runs, with a gain that is constant in time in B where that is better."""
     if isinstance(r, Recurrence):
-        return Flow(r.A_bar, None, None, "none", "both", r.B_bar())
+        return r.steady_flow()
     return r if r.steady else r.folded()
 
 
@@ -393,7 +425,7 @@ def _projected(
     if state is not None:
         state = state.to(flow.B.dtype).expand(*batch, flow.A.shape[-1])
     return projected_scan(
-        x, torch.cat([flow.B.real, flow.B.imag]), _readout(params, "C", x.dtype, scale), D, flow.A,
+        x, flow.drive_weight, _readout(params, "C", x.dtype, scale), D, flow.A,
         flow.dt, state, discretization=flow.scheme, integration_timesteps=timesteps,
         timestep_mode=flow.timestep_mode, reset=reset, mask=mask, backwards=back,
     )  # fmt: skip

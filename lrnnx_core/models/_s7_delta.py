@@ -18,7 +18,14 @@ from torch import Tensor
 from lrnnx_core import initialize
 from lrnnx_core.discretize import resolve
 from lrnnx_core.models import _mimo, s5
-from lrnnx_core.models._common import check_keys, full_precision, made_of, pair, scaled
+from lrnnx_core.models._common import (
+    check_keys,
+    full_precision,
+    made_of,
+    pair,
+    parts_of,
+    scaled,
+)
 from lrnnx_core.models._projected import softplus_inverse
 from lrnnx_core.ops.steps import linear_step
 from lrnnx_core.types import Discretization, Number, Params, TimestepMode
@@ -120,7 +127,13 @@ def sequence(
         Lambda, B = made_of(params, ("s7", dtype, options.clip_eigs), make)
         timesteps = None if timesteps is None else timesteps.to(dtype)
         flow = _mimo.Flow.of(
-            Lambda, dt, timesteps, options.discretization, options.timestep_mode, B
+            Lambda,
+            dt,
+            timesteps,
+            options.discretization,
+            options.timestep_mode,
+            B,
+            parts_of(params, "B", dtype),
         )
         if flow is not None:
             return flow

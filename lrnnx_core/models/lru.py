@@ -27,6 +27,7 @@ from lrnnx_core.models._common import (
     full_precision,
     made_of,
     pair,
+    parts_of,
     zero_state,
 )
 from lrnnx_core.sequences import layout
@@ -343,15 +344,25 @@ def _sequence(
     check_choice(where, "timestep_mode", timestep_mode, ("state_only",))
     with full_precision(params["nu_log"].device):
 
+        def rate() -> tuple[Tensor, Tensor]:
+            return -params["nu_log"].to(dtype).exp(), params["theta_log"].to(dtype).exp()
+
         def make() -> tuple[Tensor, Tensor, Tensor]:
-            nu, theta = params["nu_log"].to(dtype).exp(), params["theta_log"].to(dtype).exp()
             gamma = params["gamma_log"].to(dtype).exp()
             # A product even by 1: the gradient of `torch.complex` alone is a lazy negation under
             # jacrev(jacrev), which vmap cannot map.
-            return torch.complex(-nu, theta) * dt_scale, gamma, pair(params, "B", dtype)
+            return torch.complex(*rate()) * dt_scale, gamma, pair(params, "B", dtype)
+
+        def decay() -> Tensor:
+            if not torch.compiler.is_compiling():
+                return torch.exp(z)
+            re, im = (x * dt_scale for x in rate())  # real, so that it is fused
+            size = re.exp()
+            return torch.complex(size * im.cos(), size * im.sin())
 
         z, gamma, B = made_of(params, ("lru", dtype, dt_scale), make)
         if timesteps is None:
-            return _mimo.Recurrence(torch.exp(z), gamma, B, lambda: z)
+            A_bar = made_of(params, ("lru A_bar", dtype, dt_scale), decay)
+            return _mimo.Recurrence(A_bar, gamma, B, lambda: z, parts_of(params, "B", dtype))
         B_bar = made_of(params, ("lru B_bar", dtype), lambda: gamma.unsqueeze(-1) * B)
         return _mimo.Flow(z, None, timesteps.to(dtype), "dirac", "state_only", B_bar)

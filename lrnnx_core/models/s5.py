@@ -29,6 +29,7 @@ from lrnnx_core.models._common import (
     full_precision,
     made_of,
     pair,
+    parts_of,
     scaled,
     zero_state,
 )
@@ -479,10 +480,11 @@ def sequence(
             return Lambda, dt, pair(params, "B", dtype)
 
         Lambda, dt, B = made_of(params, ("s5", dtype, dt_scale, clip_eigs), make)
+        parts = parts_of(params, "B", dtype)
         if timesteps is not None:
             timesteps = timesteps.to(dtype)
         if timesteps is not None or always:
-            flow = _mimo.Flow.of(Lambda, dt, timesteps, scheme, timestep_mode, B)
+            flow = _mimo.Flow.of(Lambda, dt, timesteps, scheme, timestep_mode, B, parts)
             if flow is not None:
                 return flow
         A_bar, gamma = discretize_diagonal(
@@ -490,4 +492,5 @@ def sequence(
             integration_timesteps=timesteps,
         )  # fmt: skip
         known = scheme in EXPONENTIAL and timesteps is None
-        return _mimo.Recurrence(A_bar, gamma, B, (lambda: dt * Lambda) if known else None)
+        exponent = (lambda: dt * Lambda) if known else None
+        return _mimo.Recurrence(A_bar, gamma, B, exponent, parts)
