@@ -8,6 +8,7 @@ import itertools
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from benchmarks.listops.grammar import (
     expression,
     sequences,
 )
-from benchmarks.listops.recipe import MODELS, Recipe, network, rates
+from benchmarks.listops.recipe import MODELS, Recipe, network
 from benchmarks.listops.step import Schedule, Step
 from benchmarks.listops.train import Batches, Clock, accuracy, train
 from lrnnx_nn import param_groups
@@ -167,6 +168,24 @@ def test_a_clock_fits_the_steps_to_the_minutes(monkeypatch: pytest.MonkeyPatch) 
         assert step == 7 if steps else step in (11, 12)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_fresh_layer_hears_what_is_far(model: str) -> None:
+    torch.manual_seed(0)
+    mixer: Any = network(model, Recipe(n_layer=1)).blocks[0].mixer
+    u = torch.randn(2, 401, 128)
+    other = u.index_copy(1, torch.tensor([200]), torch.randn(2, 1, 128))
+    with torch.no_grad():
+        change = (mixer(u) - mixer(other)).square().sum((0, 2)).sqrt()
+    far = torch.cat([change[:101], change[300:]])
+    assert far.norm() > 4e-3 * change.norm()  # Mamba with its own defaults: 3e-4
+
+
+def test_the_fresh_embedding_is_small() -> None:
+    for std in (0.02, 0.5):
+        weight = network("s5", Recipe(n_layer=1, embedding_std=std)).encoder.weight
+        assert float(weight.detach().std()) == pytest.approx(std, rel=0.1)
+
+
 def tiny(count: int = 640, held_out: int = 200, **recipe: object) -> tuple[Recipe, Task]:
     task = Task(shortest=4, longest=12, depth=2, most_arguments=4)
     values = {"batch_size": 64, "d_model": 32, "n_layer": 2, "evaluations": 2, "warmup": 15}
@@ -179,7 +198,7 @@ def made(part: Part, recipe: Recipe, device: str = "cpu") -> Step:
     schedule.set_total(0, 50)
     limits = bounds(part.lengths, recipe.buckets)
     model = network("s5", recipe).to(device)
-    return Step(model, part.to(device), limits, recipe, rates("s5", recipe), schedule)
+    return Step(model, part.to(device), limits, recipe, schedule)
 
 
 def test_a_step_is_the_step_of_a_plain_loop() -> None:
@@ -224,7 +243,7 @@ def test_steps_in_graphs_are_eager_steps(model: str, monkeypatch: pytest.MonkeyP
         limits = bounds(part.lengths, recipe.buckets)
         net = network(model, recipe).cuda()
         start = torch.cat([p.detach().flatten() for p in net.parameters()])
-        run = Step(net, part.to("cuda"), limits, recipe, rates(model, recipe), schedule)
+        run = Step(net, part.to("cuda"), limits, recipe, schedule)
         draw = torch.Generator().manual_seed(0)
         torch.cuda.synchronize()
         with run.on_stream():
@@ -278,7 +297,7 @@ def test_the_page_holds_the_runs(tmp_path: Path) -> None:
     for name, test in (("mamba", 0.25), ("s5", 0.5), ("s5", 0.515), ("lru", None)):
         run = {
             "model": name, "seed": 0, "test": test, "steps": 20, "seconds": 40.0, "curve": curve,
-            "commonest": 0.17, "parameters": 1234, "lr": rates(name, recipe),
+            "commonest": 0.17, "parameters": 1234, "lr": (recipe.lr, recipe.ssm_lr),
             "recipe": vars(recipe), "task": task._asdict(), "device": "cpu", "torch": "2",
         }  # fmt: skip
         write_json(tmp_path / f"{next(numbers)}.json", run)
@@ -290,7 +309,7 @@ def test_the_page_holds_the_runs(tmp_path: Path) -> None:
     assert "| S5 | 1,234 | 20 | 2.0 | 40 | 30.0 | **51.5** | 62.15 |" in written
     assert written.count("| S5 |") == 1
     assert written.index("| S5 |") < written.index("| LRU |") < written.index("| Mamba |")
-    assert "Mamba 0.001 and 0.001" in written
+    assert "Mamba 0.003 and 0.001" in written
     assert "Cut off before the test part was read: LRU." in written
     assert path.with_suffix(".png").is_file()
     assert page.keep([], path) == runs

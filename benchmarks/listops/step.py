@@ -78,8 +78,7 @@ class Step:
         model: on the device of the data.
         part: the training part.
         limits: the lengths to which the buckets are padded.
-        recipe: batch size, decay, clip, precision.
-        rates: peak learning rates, general and of state-space parameters.
+        recipe: batch size, peak learning rates, decay, clip, precision.
         schedule: the factor of both at every step.
     """
 
@@ -89,7 +88,6 @@ class Step:
         part: Part,
         limits: Tensor,
         recipe: Recipe,
-        rates: tuple[float, float],
         schedule: Schedule,
     ) -> None:
         self.model, self.part, self.recipe, self.schedule = model, part, recipe, schedule
@@ -99,7 +97,7 @@ class Step:
         self.count = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.loss = torch.zeros((), device=self.device)
         """The sum of the losses since it was last set to zero."""
-        groups = param_groups(model, *rates, recipe.weight_decay)
+        groups = param_groups(model, recipe.lr, recipe.ssm_lr, recipe.weight_decay)
         self._peaks = [group["lr"] for group in groups]
         for group in groups:
             group["lr"] = torch.tensor(group["lr"], device=self.device)

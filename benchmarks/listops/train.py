@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.listops.data import Epoch, Part, bounds, epoch
 from benchmarks.listops.grammar import Task
-from benchmarks.listops.recipe import Recipe, network, rates
+from benchmarks.listops.recipe import Recipe, network
 from benchmarks.listops.step import Schedule, Step, autocast
 from lrnnx_core import registry
 from lrnnx_nn import Classifier
@@ -125,7 +125,7 @@ def train(
     limits = bounds(parts["train"].lengths.cpu(), recipe.buckets)
     model = network(name, recipe).to(device)
     schedule = Schedule(recipe.warmup, device)
-    run = Step(model, parts["train"], limits, recipe, rates(name, recipe), schedule)
+    run = Step(model, parts["train"], limits, recipe, schedule)
     result: Result = {
         "model": registry.get(name).name,
         "seed": seed,
@@ -135,7 +135,7 @@ def train(
         "curve": [],
         "commonest": _commonest(parts["test"]),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "lr": rates(name, recipe),
+        "lr": (recipe.lr, recipe.ssm_lr),
         "lengths": run.limits,
         "recipe": dataclasses.asdict(recipe),
         "task": task._asdict(),
