@@ -10,6 +10,11 @@
 // writes y: 2 arrays. Backward reads x and grad_y and writes dx: 3 arrays (SECOND: 4), plus K + 1 sums
 // a channel and block; it recomputes the pre-activation. 8 x 4096 x 2048 float32: 537 and 805 MB.
 //
+// Backward with INNER what is added to grad_y is a product that goes to no memory, g2 (groups, rows, L,
+// inner) times factor (groups, inner, C): thin_product.cuh. A warp makes the steps that it walks itself,
+// 16 at a time, and g2 is read once for 128 channels: 16 times 6 MB, from the L2, for 8 x 4096 x 96 and
+// 2048 channels in bfloat16.
+//
 // Work. A thread owns PACK neighbouring channels and walks a segment of time with the last K - 1
 // samples in registers; samples at the ends of segments are read twice or, backward, three times, by
 // neighbours in time (from the L2 as a rule). Backward walks forward too: the step that sees x_p last
@@ -25,13 +30,18 @@
 //
 // An access of PACK numbers needs C, strides and addresses to be multiples of it; weights are read 16
 // bytes at a time if `wide`. Segments have at least K - 1 steps, but for a row's last. Items are less
-// than 2^31. With AHEAD the inputs of UNROLL steps are loaded while those before are computed.
+// than 2^31. With AHEAD the inputs of UNROLL steps are loaded while those before are computed. With INNER
+// (sm_80 and above, 16 bits, UNROLL a divisor of 16) blocks have 32 columns of PACK = 4, so that a row is a
+// warp, and segments are multiples of 16 steps, but for a row's last; a lane beyond the last channel does
+// and writes what that of the last ones does.
 //
 // Compiled for DTYPE, WEIGHT (that of weight and bias: DTYPE or its State), TAPS, SILU, PACK, THREADS,
-// BLOCKS, UNROLL and one of FORWARD, BACKWARD (AHEAD, SECOND), SUM (WARPS, and DTYPE the State).
+// BLOCKS, UNROLL and one of FORWARD, BACKWARD (AHEAD, SECOND, INNER and with it KEPT, of what a product is
+// stored as until it is added), SUM (WARPS, and DTYPE the State).
 #include "elementary.cuh"
 #include "memory.cuh"
 #include "numbers.cuh"
+#include "thin_product.cuh"
 
 using T = DTYPE;
 using State = typename StateOf<T>::type;
@@ -344,8 +354,14 @@ struct Target {
     long long group, row, time;
 };
 
+struct Factor {
+    const T* data;
+    long long group, row, inner;
+};
+
 struct Arguments {
     Sequence g, g2, x;
+    Factor factor;
     Tail g_last, tail;
     Parameter weight, bias;
     Bits reset;
@@ -462,7 +478,7 @@ struct Reader {
     __device__ __forceinline__ void read(Read (&to)[STEPS], int count = STEPS) {
 #pragma unroll
         for (int j = 0; j < STEPS; ++j) {
-            to[j].cut = false;
+            if (RESET) to[j].cut = false;
             if (j >= count) continue;
             to[j].x = Items::load(x);
             to[j].grad = Items::load(grad);
@@ -480,10 +496,65 @@ struct Reader {
     }
 };
 
-// One step of the walk; with COUNT it adds to the sums of the parameters.
+// What is added to the gradient of y beside SECOND: with INNER a product.
+#if INNER
+extern __shared__ uint4 arena[];
+
+struct Addend {
+    using Product = ThinProduct<T, KEPT, INNER>;
+    static_assert(PACK == 4 && Product::STEPS % TOGETHER == 0, "not as tiles are read");
+
+    const Product product;
+    const T* from;
+    long long time;
+    int channel, steps;
+
+    // By all threads of a block; `channel` is the thread's own.
+    __device__ __forceinline__ Addend(const Arguments& p, const Seat& seat, unsigned group,
+                                      long long channel)
+        : product(arena, int(seat.row), int(seat.column), int(p.factor.inner)),
+          channel(int(channel - (long long)seat.across * Product::CHANNELS)) {
+        const T* const w = p.factor.data + group * p.factor.group + channel;
+        product.load_weight(w, p.factor.row, int(seat.row), int(blockDim.x / 32));
+        __syncthreads();  // the factor is there
+    }
+
+    // At a segment, of which, with those after it that it sees, so many steps are wanted.
+    __device__ __forceinline__ void begin(const Arguments& p, const Place& at, int wanted) {
+        time = p.g2.time;
+        from = p.g2.data + at.group * p.g2.group + at.row * p.g2.row + at.first * time;
+        steps = wanted;
+        product.fetch(from, time, steps);
+    }
+
+    // Before step t of the segment and those up to the next call; t grows.
+    __device__ __forceinline__ void prepare(int t) {
+        if (unsigned(t) % Product::STEPS || t >= steps) return;
+        product.compute();
+        const int next = t + Product::STEPS;
+        if (next < steps) product.fetch(from + next * time, time, steps - next);
+    }
+
+    __device__ __forceinline__ void add_to(State (&g)[PACK], int t) const {
+        const auto more = product.read(int(unsigned(t) % Product::STEPS), channel);
+#pragma unroll
+        for (int v = 0; v < PACK; ++v) g[v] = add(g[v], widen(more.item[v]));
+    }
+};
+#else
+struct Addend {
+    __device__ __forceinline__ Addend(const Arguments&, const Seat&, unsigned, long long) {}
+    __device__ __forceinline__ void begin(const Arguments&, const Place&, int) {}
+    __device__ __forceinline__ void prepare(int) {}
+    __device__ __forceinline__ void add_to(State (&)[PACK], int) const {}
+};
+#endif
+
+// Step t of the walk; with COUNT it adds to the sums of the parameters.
 template <bool RESET, bool COUNT, bool INSIDE>
-__device__ __forceinline__ void step(const Read& read, const Taps& taps, Window& window,
-                                     Pending& pending, Sums& sums, Output& output) {
+__device__ __forceinline__ void step(const Read& read, const Addend& addend, int t,
+                                     const Taps& taps, Window& window, Pending& pending,
+                                     Sums& sums, Output& output) {
     if (RESET) window.turn(read.cut);
     State x[PACK], g[PACK], done[PACK];
     widen(read.x, x);
@@ -494,6 +565,7 @@ __device__ __forceinline__ void step(const Read& read, const Taps& taps, Window&
 #pragma unroll
         for (int v = 0; v < PACK; ++v) g[v] = add(g[v], more[v]);
     }
+    addend.add_to(g, t);
     if (SILU) {
 #pragma unroll
         for (int v = 0; v < PACK; ++v) {
@@ -518,13 +590,17 @@ __device__ __forceinline__ void step(const Read& read, const Taps& taps, Window&
 
 template <bool RESET>
 __device__ __forceinline__ void walk(const Arguments& p, const Taps& taps, const Place& at,
-                                     Sums& sums) {
+                                     Addend& addend, Sums& sums) {
     const Size& size = p.size;
     Window window;
     Pending pending;
     Output output(p, at);
     Reader<RESET> reader(p, at);
     const int steps = int(at.end - at.first);
+    // The K - 1 steps after the segment see its samples.
+    const long long remaining = size.length - at.end;
+    const int seen = remaining < BEFORE ? int(remaining) : BEFORE;
+    addend.begin(p, at, steps + seen);
     Read reads[TOGETHER];
     if (AHEAD && steps >= TOGETHER) reader.read(reads);
     window.fill<RESET>(p.x, p.tail, p.reset, at, size);
@@ -537,32 +613,31 @@ __device__ __forceinline__ void walk(const Arguments& p, const Taps& taps, const
 #pragma unroll
         for (int j = 0; j < TOGETHER; ++j) now[j] = reads[j];
         if (AHEAD && t + 2 * TOGETHER <= steps) reader.read(reads);
+        addend.prepare(t);
         if (t >= BEFORE) {
 #pragma unroll
             for (int j = 0; j < TOGETHER; ++j)
-                step<RESET, true, true>(now[j], taps, window, pending, sums, output);
+                step<RESET, true, true>(now[j], addend, t + j, taps, window, pending, sums, output);
         } else {
 #pragma unroll
             for (int j = 0; j < TOGETHER; ++j)
-                step<RESET, true, false>(now[j], taps, window, pending, sums, output);
+                step<RESET, true, false>(now[j], addend, t + j, taps, window, pending, sums, output);
         }
     }
+    addend.prepare(t);  // a segment of no multiple of 16 steps is the last: nothing is seen after it
 #pragma unroll 1
     for (; t < steps; ++t) {
         Read one[1];
         reader.read(one);
-        step<RESET, true, false>(one[0], taps, window, pending, sums, output);
+        step<RESET, true, false>(one[0], addend, t, taps, window, pending, sums, output);
     }
-    // The K - 1 steps after the segment: they see its samples; after the last step, the new tail.
-    Read after[PLACES];
-    const long long remaining = size.length - at.end;
-    const int seen = remaining < BEFORE ? int(remaining) : BEFORE;
+    Read after[PLACES];  // and after the last step, the new tail
     reader.read(after, seen);
     const T* last = row_of(p.g_last, at);
 #pragma unroll
     for (int i = 0; i < BEFORE; ++i) {
         if (i < seen) {
-            step<RESET, false, false>(after[i], taps, window, pending, sums, output);
+            step<RESET, false, false>(after[i], addend, t + i, taps, window, pending, sums, output);
             continue;
         }
         const int entry = i - int(remaining);
@@ -586,20 +661,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const unsigned group = seat.block / unsigned(size.tiles);
     const unsigned tile = seat.block - group * unsigned(size.tiles);
     const bool live = seat.channel < size.channels;
+    const long long channel = live ? seat.channel : size.channels - PACK;
     Sums sums = {};
-    if (live) {
+    Addend addend(p, seat, group, channel);
+    if (live || INNER) {
         Taps taps;
-        taps.load(p.weight, p.bias, group, seat.channel, size.wide);
+        taps.load(p.weight, p.bias, group, channel, size.wide);
         const long long round = tile * size.span, items = size.items;
 #pragma unroll 1
         for (long long i = round; i < round + size.span; ++i) {
             const long long item = i * rows + seat.row;
             if (item >= items) break;
-            const Place at = locate(unsigned(item), group, seat.channel, size);
+            const Place at = locate(unsigned(item), group, channel, size);
             if (p.reset.data)
-                walk<true>(p, taps, at, sums);
+                walk<true>(p, taps, at, addend, sums);
             else
-                walk<false>(p, taps, at, sums);
+                walk<false>(p, taps, at, addend, sums);
         }
     }
     State* partial =

@@ -20,6 +20,7 @@
 // The weight comes before the kernel before this one has ended where the launcher says that nothing in
 // flight writes it (p.settled). Compiled for DTYPE (bfloat16, float16) and the names above; sm_80 and
 // above. Overlaps the kernel before.
+#include "matrix_unit.cuh"
 #include "memory.cuh"
 #include "numbers.cuh"
 
@@ -44,39 +45,6 @@ constexpr int TASKS = (32 * SUMS + THREADS - 1) / THREADS;     // that a thread 
 static_assert(OUTPUTS % 8 == 0 && HEIGHT % 16 == 0 && AHEAD <= CHUNKS, "whole tiles");
 
 extern __shared__ uint4 arena[];  // (WARPS, SHARE)
-
-template <class U>
-constexpr bool BRAIN = false;
-template <>
-constexpr bool BRAIN<bfloat16> = true;
-
-// Copy 16 bytes asynchronously, or write zeros.
-__device__ __forceinline__ void copy_or_zero(uint4* to, const T* from, bool there) {
-#if __CUDA_ARCH__ >= 800
-    const unsigned shared = unsigned(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
-                 "r"(there ? 16 : 0)
-                 : "memory");
-#endif
-}
-
-// c (16, 8) += a (16, 16) b (16, 8). Lane 4 g + t has neighbours of the inner axis in a word: a[g] and
-// a[g + 8], first and second half, b[g] likewise, c[g, 2 t], c[g, 2 t + 1], c[g + 8, 2 t], c[g + 8, 2 t + 1].
-__device__ __forceinline__ void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2,
-                                         unsigned a3, unsigned b0, unsigned b1) {
-#if __CUDA_ARCH__ >= 800
-#define MULTIPLY(type)                                                                            \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, "          \
-        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                           \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                          \
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1))
-    if constexpr (BRAIN<T>)
-        MULTIPLY("bf16");
-    else
-        MULTIPLY("f16");
-#undef MULTIPLY
-#endif
-}
 
 // With one block asked for, the compiler leaves all loads of x under way.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -145,14 +113,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int i = 0; i < BANDS; ++i)
 #pragma unroll
             for (int j = 0; j < TILES; ++j)
-                multiply(sum[i][j], in[2 * i].x, in[2 * i + 1].x, in[2 * i].y, in[2 * i + 1].y, b[j].x,
-                         b[j].y);
+                multiply<T>(sum[i][j], in[2 * i].x, in[2 * i + 1].x, in[2 * i].y, in[2 * i + 1].y,
+                            b[j].x, b[j].y);
 #pragma unroll
         for (int i = 0; i < BANDS; ++i)
 #pragma unroll
             for (int j = 0; j < TILES; ++j)
-                multiply(sum[i][j], in[2 * i].z, in[2 * i + 1].z, in[2 * i].w, in[2 * i + 1].w, b[j].z,
-                         b[j].w);
+                multiply<T>(sum[i][j], in[2 * i].z, in[2 * i + 1].z, in[2 * i].w, in[2 * i + 1].w,
+                            b[j].z, b[j].w);
         if (c + AHEAD < CHUNKS) fetch(c + AHEAD);
     }
 

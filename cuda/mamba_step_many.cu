@@ -17,6 +17,7 @@
 // PIECES and SLICES, at most 8, for sm_90 and above; before it the kernel is empty and not launched.
 // Overlaps the kernel before, and lets mamba_step begin once that has ended.
 #include "mamba_step.cuh"
+#include "matrix_unit.cuh"
 
 constexpr int ROWS = 8, OUTPUTS = 16 * TILES, THREADS = 32 * WARPS;
 constexpr int PITCH = OUTPUTS + 4;  // no two lanes store to one bank
@@ -57,19 +58,6 @@ struct Parts {
         }
     }
 };
-
-// sum (16, 8) += a (16, 16) b (16, 8). Lane 4 g + t has of a the pairs of columns 2 t in the rows g and
-// g + 8, then the pairs 2 t + 8; of b the same of column g; of the sum (g, 2 t), (g, 2 t + 1),
-// (g + 8, 2 t) and (g + 8, 2 t + 1).
-__device__ __forceinline__ void multiply(float (&sum)[4], unsigned a0, unsigned a1, unsigned a2,
-                                         unsigned a3, unsigned b0, unsigned b1) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#endif
-}
 
 // Blocks of a cluster send each other numbers. Each first says how many bytes it waits for; no block
 // sends before all have said so, and none ends before it has what it waits for.
@@ -196,8 +184,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS)
                 for (int m = 0; m < TILES; ++m) {
                     const Piece &upper = shared.w[2 * m][threadIdx.x];
                     const Piece &lower = shared.w[2 * m + 1][threadIdx.x];
-                    multiply(sum[m], pair(upper, k / 2), pair(lower, k / 2), pair(upper, k / 2 + 1),
-                             pair(lower, k / 2 + 1), low.part[part], high.part[part]);
+                    multiply<T>(sum[m], pair(upper, k / 2), pair(lower, k / 2),
+                                pair(upper, k / 2 + 1), pair(lower, k / 2 + 1), low.part[part],
+                                high.part[part]);
                 }
         }
     }

@@ -93,6 +93,16 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
     *static_cast<Word*>(to) = *static_cast<const Word*>(from);
 }
 
+// Copy 16 bytes asynchronously, or write zeros; done after `wait`. sm_80 and above.
+__device__ __forceinline__ void copy_or_zero(void* to, const void* from, bool there) {
+#if __CUDA_ARCH__ >= 800
+    const unsigned shared = unsigned(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
+                 "r"(there ? 16 : 0)
+                 : "memory");
+#endif
+}
+
 // Wait for all copies of this thread.
 __device__ __forceinline__ void wait() {
 #if __CUDA_ARCH__ >= 800

@@ -30,6 +30,7 @@ globals().pop("test_bad_arguments_are_named", None)
 DTYPES = tuple(cuda_conv1d.NAMES)
 EVERY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 Inputs = tuple[Tensor | None, ...]
+Factors = tuple[Tensor, Tensor]
 
 
 def problem(
@@ -185,6 +186,131 @@ def test_the_gradient_goes_where_it_is_asked_to(dtype: torch.dtype, taps: int) -
         assert not wide[..., first + 16 :].any()
 
 
+def products(*shape: int, inner: int, dtype: torch.dtype, groups: tuple[int, ...] = ()) -> Factors:
+    """Return two factors whose product is like x."""
+    *rows, width = shape
+    left = draw(*rows, inner, seed=31).to(dtype)
+    return left, (draw(*groups, inner, width, seed=32) / inner**0.5).to(dtype)
+
+
+def asked_for(inputs: Inputs, taps: int) -> Inputs:
+    """Return the arguments of the backward, but for the activation."""
+    x = inputs[0]
+    g_y, g_last = test_causal_conv1d_leaf.cotangents(x, taps)
+    return g_y.to(x.dtype), g_last.to(x.dtype), *inputs
+
+
+def inner_of(launched: list[cuda.Kernel]) -> list[str]:
+    return [o.split("=")[1] for k in launched for o in k.options if o.startswith("-DINNER=")]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[cuda.Kernel]:
+    """Return a list that grows by every kernel that is launched."""
+    found: list[cuda.Kernel] = []
+    launch = cuda.Kernel.launch
+    monkeypatch.setattr(
+        cuda.Kernel, "launch", lambda self, *r: (found.append(self), launch(self, *r))
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shape", "inner", "taps", "groups", "padded"),
+    [
+        ((2, 1, 128), 96, 4, (), "96"),
+        ((3, 5, 64), 40, 4, (), "64"),
+        ((2, 127, 256), 96, 4, (), "96"),
+        ((1, 4099, 132), 80, 4, (), "96"),
+        ((2, 3, 50, 96), 256, 3, (), "256"),
+        ((3, 2, 67, 36), 8, 2, (3,), "32"),
+        ((2, 33, 128), 96, 1, (), "96"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_product_is_added_no_less_exactly_than_as_it_stands_in_memory(
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    inner: int,
+    taps: int,
+    groups: tuple[int, ...],
+    padded: str,
+    launched: list[cuda.Kernel],
+) -> None:
+    for given in (False, True):
+        inputs = problem(*shape, taps=taps, dtype=dtype, groups=groups, optional=given, reset=given)
+        arguments = asked_for(inputs, taps)
+        factors = products(*shape, inner=inner, dtype=dtype, groups=groups)
+        launched.clear()
+        got = cuda_conv1d.causal_conv1d_backward(*arguments, True, product=factors)
+        assert inner_of(launched) == [padded]
+        again = cuda_conv1d.causal_conv1d_backward(*arguments, True, product=factors)
+        assert_same_bits(got, again)
+        more = cuda_conv1d.multiply(*factors)
+        parts = cuda_conv1d.causal_conv1d_backward(*arguments, True, more=more)
+        g, *rest = exact(arguments)
+        g = g + cuda_conv1d.multiply(*exact(factors))
+        want = blocked_conv1d.causal_conv1d_backward(g, *rest, True)
+        for a, p, w in zip(got, parts, want, strict=True):
+            assert (a.dtype, a.shape) == (p.dtype, p.shape)
+            assert error(a, w) <= 1.2 * error(p, w) + 0.2 * torch.finfo(dtype).eps
+
+
+def test_a_product_of_slices_goes_where_it_is_asked_to(launched: list[cuda.Kernel]) -> None:
+    dtype, first = torch.bfloat16, 16
+    inputs = problem(2, 300, 160, dtype=dtype)
+    arguments = asked_for(inputs, 4)
+    factors = products(2, 300, 160, inner=96, dtype=dtype)
+    want = cuda_conv1d.causal_conv1d_backward(*arguments, True, product=factors)
+    sliced = [torch.cat([t, t, t], -1)[..., t.shape[-1] : -t.shape[-1]] for t in factors]
+    wide = torch.zeros(2, 300, 320, dtype=dtype)
+    to = wide[..., first : first + 160]
+    launched.clear()
+    got = cuda_conv1d.causal_conv1d_backward(*arguments, True, product=tuple(sliced), dx=to)
+    assert inner_of(launched) == ["96"]
+    assert_same_bits(got, want)
+    assert got[0] is to
+    assert not wide[..., :first].any()
+    assert not wide[..., first + 160 :].any()
+
+
+def test_a_row_of_a_product_does_not_depend_on_the_rows_and_channels_around_it() -> None:
+    dtype = torch.bfloat16
+    arguments = asked_for(problem(9, 200, 260, dtype=dtype), 4)
+    left, right = products(9, 200, 260, inner=96, dtype=dtype)
+    together = cuda_conv1d.causal_conv1d_backward(*arguments, True, product=(left, right))
+    g_y, g_last, x, weight, bias, tail, reset = arguments
+    some = slice(128, 192)
+    alone = cuda_conv1d.causal_conv1d_backward(
+        g_y[7, :, some], g_last[7, :, some], x[7, :, some], weight[some], bias[some],
+        tail[7, :, some], reset[7], True, product=(left[7], right[:, some]),
+    )  # fmt: skip
+    assert_same_bits((alone[0], alone[3]), (together[0][7, :, some], together[3][7, :, some]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "inner", "taps"),
+    [
+        (torch.float32, 128, 96, 4),
+        (torch.bfloat16, 126, 96, 4),
+        (torch.bfloat16, 128, 35, 4),
+        (torch.bfloat16, 128, 264, 4),
+        (torch.bfloat16, 128, 96, 5),
+    ],
+    ids=str,
+)
+def test_a_product_that_the_kernel_does_not_make_is_made_before_it(
+    dtype: torch.dtype, channels: int, inner: int, taps: int, launched: list[cuda.Kernel]
+) -> None:
+    arguments = asked_for(problem(2, 70, channels, taps=taps, dtype=dtype), taps)
+    factors = products(2, 70, channels, inner=inner, dtype=dtype)
+    got = cuda_conv1d.causal_conv1d_backward(*arguments, True, product=factors)
+    assert inner_of(launched) == ["0"]
+    more = cuda_conv1d.multiply(*factors)
+    assert_same_bits(got, cuda_conv1d.causal_conv1d_backward(*arguments, True, more=more))
+
+
 @EVERY_DTYPE
 def test_gradients_of_stride_zero(dtype: torch.dtype) -> None:
     inputs = problem(2, 90, 16, dtype=dtype, reset=False)[:4]
@@ -326,6 +452,10 @@ def test_what_cannot_run_is_refused_before_a_launch() -> None:
     with pytest.raises(ValueError, match="tail is on cpu and x on cuda"):
         cuda_conv1d.causal_conv1d(x, weight, bias, tail.cpu(), None, False)
     byte = x.to(torch.float8_e5m2)
+    inputs = asked_for((x, weight, bias, tail, None), 4)
+    factors = products(2, 9, 8, inner=8, dtype=x.dtype)
+    with pytest.raises(ValueError, match="more and product are given"):
+        cuda_conv1d.causal_conv1d_backward(*inputs, False, more=x, product=factors)
     with pytest.raises(ValueError, match=r"float8_e5m2 on CUDA, expected one of float32"):
         cuda_conv1d.causal_conv1d(byte, weight, bias, None, None, False)
 

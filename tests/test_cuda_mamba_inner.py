@@ -18,7 +18,7 @@ from test_mamba_inner import (  # noqa: F401  # collected again here
 )
 from torch import Tensor
 
-from lrnnx_core.backends import cuda_selective_scan
+from lrnnx_core.backends import cuda, cuda_selective_scan
 from lrnnx_core.models import _selective
 from lrnnx_nn import STREAM, Mamba
 
@@ -38,19 +38,25 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [(Mamba, torch.float32), (Mamba, torch.bfloat16), (STREAM, torch.bfloat16)],
+    ("kind", "dtype", "width"),
+    [
+        (Mamba, torch.float32, 48),
+        (Mamba, torch.bfloat16, 48),
+        (Mamba, torch.bfloat16, 128),  # its convolution makes the product with x_proj
+        (STREAM, torch.bfloat16, 48),
+        (STREAM, torch.bfloat16, 128),
+    ],
     ids=str,
 )
 def test_no_less_exact_than_in_parts(
-    dtype: torch.dtype, kind: Any, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, kind: Any, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    layer = kind(48, 16).to(dtype)
+    layer = kind(width, 16).to(dtype)
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     exact = copy.deepcopy(layer).to(wide)
     for length in (1, 65, 500):
-        u = draw(3, length, 48, seed=1).to(dtype)
+        u = draw(3, length, width, seed=1).to(dtype)
         call = {}
         if kind is STREAM:
             call["integration_timesteps"] = draw(3, length, seed=2).exp().float()
@@ -83,6 +89,18 @@ def test_the_scan_writes_its_gradients_where_it_is_asked_to(length: int, states:
         assert b is a is None or torch.equal(a, b)
     assert got[6].data_ptr() == of_z.data_ptr()
     assert not rest.any()
+
+
+def test_the_convolution_makes_the_product_with_x_proj(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[cuda.Kernel] = []
+    launch = cuda.Kernel.launch
+    monkeypatch.setattr(
+        cuda.Kernel, "launch", lambda self, *r: (launched.append(self), launch(self, *r))
+    )
+    layer = Mamba(128, 16).to(torch.bfloat16)
+    gradients(layer, draw(2, 70, 128, seed=1).to(torch.bfloat16))
+    (backward,) = (k for k in launched if k.entry == "causal_conv1d_backward")
+    assert "-DINNER=64" in backward.options  # 8 + 2 * 16 in whole chunks of 32
 
 
 def test_captured_in_a_graph_it_is_the_same() -> None:

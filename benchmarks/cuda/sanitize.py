@@ -193,6 +193,8 @@ FAULTS = {
         missing_barrier("causal_conv1d.cu",
                         "            __syncthreads();\n            if (seat.row + half < n) {",
                         "causal_conv1d_backward"),
+        missing_barrier("causal_conv1d.cu", "__syncthreads();  // the factor is there",
+                        "causal_conv1d_backward"),
         Fault("selective_scan.cu", WIDENED, WIDENED.replace(BARRIER, "__syncwarp();"),
               ("selective_scan",)),
         Fault("selective_ends.cu", WIDENED_B, WIDENED_B.replace(BARRIER, "__syncwarp();"),
@@ -307,6 +309,16 @@ def causal_conv1d(number: Numbers, planted: bool) -> None:
             kernels.causal_conv1d_backward(*inputs)
             wide = number(2, length, 2 * channels, dtype=dtype)
             kernels.causal_conv1d_backward(*inputs, y, wide[..., channels:])
+    for length, channels, inner in ((67, 132, 40), (1, 64, 96))[: 1 if planted else None]:
+        x = number(2, length, channels, dtype=torch.bfloat16)
+        product = (
+            number(2, length, inner, dtype=torch.bfloat16),
+            number(inner, channels, dtype=torch.bfloat16),
+        )
+        weight, last = number(channels, 1, 4, low=-1.0), x[:, :1].expand(2, 3, channels)
+        kernels.causal_conv1d_backward(
+            x, last, x, weight, None, None, number.flags(2, length), True, product=product
+        )
 
 
 def rg_lru_scan(number: Numbers, planted: bool) -> None:

@@ -20,10 +20,19 @@ SUM_WARPS = 8
 MOST_TILES = 1024  # partial sums of a parameter
 LARGEST = 2**31 - 1
 SEGMENTS = (128, 64, 32, 16)  # steps that a thread walks: the longest which fill the device
+MOST_INNER = 256  # of a product that the backward makes: 128 KiB of shared memory
+INNER_CHUNK = 32  # numbers of its inner axis that are multiplied at once
+TILE_STEPS, TILE_CHANNELS = 16, 128  # of it that a warp has at once
+GAP = 8  # numbers between steps in shared memory
+PRODUCT_PACK = 4  # neighbouring channels of a thread where there is a product
+INNER_PACK = 8  # numbers of its inner axis that are read at once
+LISTED_INNER = (96,)  # of Mamba of width 528 to 1024 with 16 states
+CAPABILITY = (8, 0)  # whose tensor cores multiply bfloat16
 SEQUENCE, TAIL, PARAMETER, BITS, SIZE = "P3q", "P2q", "Pq", "P3q", "11q"
+FACTOR = "P3q"
 LAYOUTS = {
     "forward": SEQUENCE + TAIL + PARAMETER * 2 + BITS + "2P" + SIZE,
-    "backward": SEQUENCE * 3 + TAIL * 2 + PARAMETER * 2 + BITS + SEQUENCE + "2P" + SIZE,
+    "backward": SEQUENCE * 3 + FACTOR + TAIL * 2 + PARAMETER * 2 + BITS + SEQUENCE + "2P" + SIZE,
     "sum": "3P3q",
 }
 NAMES = {d: cuda.NAMES[d] for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
@@ -44,6 +53,7 @@ class Tuning(NamedTuple):
         pack: channels of a thread, at most, for up to four taps; half of it for more.
         resident: threads a multiprocessor that a launch should have at least.
         ahead: whether inputs are asked for while those before are computed.
+        rounded: whether a product is rounded to the dtype where it waits to be added.
     """
 
     threads: int
@@ -53,6 +63,7 @@ class Tuning(NamedTuple):
     pack: int
     resident: int
     ahead: bool = False
+    rounded: bool = False
 
 
 FORWARD = Tuning(256, 256, 2, 4, 8, 1024)
@@ -62,11 +73,14 @@ BACKWARD = {
     4: (Tuning(128, 32, 3, 2, 4, 512, True), Tuning(128, 32, 3, 1, 4, 512, True)),
     8: (Tuning(128, 32, 3, 2, 4, 512), Tuning(128, 32, 3, 1, 4, 512)),
 }
+PRODUCT = Tuning(128, 32, 3, 4, 4, 512, True)  # with a product beside the gradient of y, 2 bytes
 
 
-def tuning_of(step: str, size: int, second: bool = False) -> Tuning:
+def tuning_of(step: str, size: int, second: bool = False, inner: int = 0) -> Tuning:
     """Return the shape of a step's launches for numbers of so many bytes."""
-    return FORWARD if step == "forward" else BACKWARD[size][second]
+    if step == "forward":
+        return FORWARD
+    return PRODUCT if inner else BACKWARD[size][second]
 
 
 @functools.cache
@@ -79,6 +93,7 @@ def kernel(
     pack: int,
     tuning: Tuning,
     second: bool = False,
+    inner: int = 0,
 ) -> cuda.Kernel:
     """Return a kernel.
 
@@ -91,6 +106,7 @@ def kernel(
         pack: neighbouring channels that a thread computes.
         tuning: see `Tuning`.
         second: whether the backward adds a second gradient to that of y.
+        inner: the length, in whole chunks, of the inner axis of a product that it adds; 0 for none.
     """
     definitions = {
         "DTYPE": NAMES[dtype],
@@ -106,8 +122,19 @@ def kernel(
     if step == "backward":
         definitions["AHEAD"] = "true" if tuning.ahead else "false"
         definitions["SECOND"] = "true" if second else "false"
+        definitions["INNER"] = inner
+    shared = 0
+    if inner:
+        definitions["KEPT"] = NAMES[dtype if tuning.rounded else STATES[dtype]]
+        shared = product_bytes(inner, tuning.threads // cuda.WARP, tuning.rounded)
     entry = "causal_conv1d" if step == "forward" else "causal_conv1d_backward"
-    return cuda.Kernel("causal_conv1d.cu", entry, definitions, LAYOUTS[step])
+    return cuda.Kernel("causal_conv1d.cu", entry, definitions, LAYOUTS[step], shared=shared)
+
+
+def product_bytes(inner: int, warps: int, rounded: bool) -> int:
+    """Return the shared memory of a block that makes a product, as in cuda/thin_product.cuh."""
+    step = 2 * (inner + GAP) + (2 if rounded else 4) * (TILE_CHANNELS + GAP)
+    return 2 * inner * TILE_CHANNELS + warps * TILE_STEPS * step
 
 
 @functools.cache
@@ -122,10 +149,12 @@ def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
     """Return the kernels of the models' convolutions, four taps wide, on aligned tensors."""
     found: list[cuda.Kernel] = []
 
-    def add(step: str, weight: torch.dtype, silu: bool = True, second: bool = False) -> None:
-        tuning = tuning_of(step, dtype.itemsize, second)
+    def add(
+        step: str, weight: torch.dtype, silu: bool = True, second: bool = False, inner: int = 0
+    ) -> None:
+        tuning = tuning_of(step, dtype.itemsize, second, inner)
         pack = _most(tuning, dtype, 4)
-        found.append(kernel(step, dtype, weight, 4, silu, pack, tuning, second))
+        found.append(kernel(step, dtype, weight, 4, silu, pack, tuning, second, inner))
 
     for dtype in NAMES:
         state = STATES[dtype]
@@ -136,8 +165,19 @@ def kernels(limits: cuda.Limits) -> list[cuda.Kernel]:
             add("forward", dtype, silu=False)  # RG-LRU's
             add("backward", dtype, silu=False)
             add("backward", dtype, second=True)  # Mamba's
+        if dtype == torch.bfloat16:
+            for inner in LISTED_INNER:
+                if _has_room(tuning_of("backward", 2, inner=inner), inner, limits):
+                    add("backward", dtype, inner=inner)  # the same with its product
         found.append(_sum(dtype, state, 4))
     return found
+
+
+def _has_room(tuning: Tuning, inner: int, limits: cuda.Limits) -> bool:
+    """Return whether a block's product fits beside its partial sums."""
+    sums = tuning.pack * tuning.threads * 4
+    bytes_ = product_bytes(inner, tuning.threads // cuda.WARP, tuning.rounded)
+    return bytes_ + sums <= limits.shared_per_block
 
 
 def _most(tuning: Tuning, dtype: torch.dtype, taps: int) -> int:
@@ -158,6 +198,7 @@ class Shape(NamedTuple):
         reset: its (group, row, time) strides.
         groups: of batch elements, each with a weight of its own.
         tiles: partial sums of a group.
+        factor: (group, row) strides of a product's second factor, and their inner axis.
         sizes: the last fields of the arguments, without wide.
     """
 
@@ -170,6 +211,7 @@ class Shape(NamedTuple):
     reset: Strides
     groups: int
     tiles: int
+    factor: tuple[int, int, int]
     sizes: Strides
 
 
@@ -187,8 +229,9 @@ def _shape(
     silu: bool,
     alignment: int,
     device: int,
+    factor: tuple[torch.Size, Strides] | None = None,
 ) -> Shape | None:
-    """Return the launch, None where a tensor must be made compact first.
+    """Return the launch, None where a tensor must be made compact first, or a product.
 
     Args:
         step: "forward" or "backward".
@@ -203,6 +246,8 @@ def _shape(
         silu: whether it is the activation.
         alignment: the bits of all addresses of sequences and tails below 16.
         device: its index.
+        factor: the shape and strides of a product's second factor; the first one has the place of
+            what is added to grad_y.
     """
     *batch, length, channels = shape
     shared, taps, size = len(weight_shape) - 3, weight_shape[-1], dtype.itemsize
@@ -215,21 +260,46 @@ def _shape(
         return None
     times = [s[-2] if length > 1 else 0 for s in sequences]
     strides = tuple((*r, t) for r, t in zip(rows, times, strict=True) if r is not None)
-    second = len(sequences) == 4
-    tuning = tuning_of(step, size, second)
-    together = math.gcd(channels, *(x for s in strides for x in s))
+    inner, product = 0, (0, 0, 0)
+    if factor is not None:
+        found = _factor(*factor, shared, strides[1])
+        if found is None:
+            return None
+        inner, product = -(-found[-1] // INNER_CHUNK) * INNER_CHUNK, found
+    second = len(sequences) == 4 and not inner
+    tuning = tuning_of(step, size, second, inner)
+    together = math.gcd(channels, *(x for s in (*strides, product[:2]) for x in s))
     pack = math.gcd(_most(tuning, dtype, taps), together, (alignment or 16) // size)
-    groups, inner = math.prod(batch[:shared]), math.prod(batch[shared:])
+    limits = cuda.limits(device)
+    if inner and (pack < PRODUCT_PACK or not _has_room(tuning, inner, limits)):
+        return None
+    groups, rows_of_group = math.prod(batch[:shared]), math.prod(batch[shared:])
     blocks, threads, tiles, sizes = _launch(
-        step, tuning, groups, inner, length, channels // pack, cuda.limits(device)
+        step, tuning, groups, rows_of_group, length, channels // pack, limits, whole=inner > 0
     )
     entries = (taps - 1) * channels
     return Shape(
-        kernel(step, dtype, weight_dtype, taps, silu, pack, tuning, second),
-        blocks, threads, strides, (inner * entries, entries), (own[0] or 0, own[1] or 0),
+        kernel(step, dtype, weight_dtype, taps, silu, pack, tuning, second, inner),
+        blocks, threads, strides, (rows_of_group * entries, entries), (own[0] or 0, own[1] or 0),
         (0, 0, 0) if reset is None else (*(flags or ()), reset[-1]),
-        groups, tiles, (length, channels, *sizes),
+        groups, tiles, product, (length, channels, *sizes),
     )  # fmt: skip
+
+
+def _factor(
+    shape: torch.Size, strides: Strides, shared: int, first: Strides
+) -> tuple[int, int, int] | None:
+    """Return the (group, row) strides of a product's second factor and its inner axis.
+
+    None where the kernel cannot read it or, by its strides, the first factor.
+    """
+    inner = shape[-2]
+    group = _merged(shape[:shared], strides[:shared])
+    if group is None or strides[-1] != 1 or not 0 < inner <= MOST_INNER:
+        return None
+    if any(n % INNER_PACK for n in (inner, *first)):
+        return None
+    return group, strides[-2], inner
 
 
 def _merged(shape: Sequence[int], strides: Sequence[int]) -> int | None:
@@ -275,8 +345,12 @@ def _launch(
     length: int,
     packs: int,
     limits: cuda.Limits,
+    whole: bool = False,
 ) -> tuple[int, int, int, Strides]:
-    """Return blocks, threads, tiles of a group, and (rows, segment, ..., span) of the arguments."""
+    """Return blocks, threads, tiles of a group, and (rows, segment, ..., span) of the arguments.
+
+    With ``whole`` a row of a block is a warp.
+    """
     segment = next(
         (
             s
@@ -289,8 +363,8 @@ def _launch(
     items = rows * segments * (groups if step == "forward" else 1)
     threads = tuning.threads
     while True:
-        column_blocks = -(-packs // min(tuning.columns, threads))
-        columns = -(-packs // column_blocks)
+        column_blocks = -(-packs // (cuda.WARP if whole else min(tuning.columns, threads)))
+        columns = cuda.WARP if whole else -(-packs // column_blocks)
         seats = min(threads // columns, items)  # rows of a block
         span = 1 if step == "forward" else -(-items // (seats * MOST_TILES))
         tiles = -(-items // (seats * span))
@@ -355,13 +429,22 @@ def causal_conv1d_backward(
     silu: bool,
     more: Tensor | None = None,
     dx: Tensor | None = None,
+    product: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Leaf: (dx, dweight, dbias, dtail), as `blocked_conv1d.causal_conv1d_backward`.
 
-    Beyond the leaf's arguments: ``more``, like y, is added to grad_y; the gradient is written to
-    ``dx``, like x, some channels of a contiguous tensor.
+    Beyond the leaf's arguments: ``more``, like y, is added to grad_y, or in its place the
+    ``product`` of (*batch, L, inner) and (*groups, inner, E), of x's dtype; the gradient is written
+    to ``dx``, like x, some channels of a contiguous tensor.
+
+    Raises:
+        ValueError: more and product are given.
     """
     given = (grad_y, grad_last, x, weight, bias, tail, reset)
+    if product is not None and more is not None:
+        raise ValueError("causal_conv1d_backward: more and product are given, one can be added")
+    if product is not None and not _multiplies(x, weight, product):
+        more, product = multiply(*product), None
     if (
         not _fits(x, weight)
         or not grad_y.dtype == grad_last.dtype == x.dtype
@@ -373,10 +456,11 @@ def causal_conv1d_backward(
     device = _check(
         "causal_conv1d_backward", x, weight=weight, bias=bias, tail=tail, reset=reset,
         grad_y=grad_y, grad_last=grad_last, more=more,
+        **dict(zip(("product", "factor"), product or (), strict=False)),
     )  # fmt: skip
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return causal_conv1d_backward(*given, silu, more, dx)
+            return causal_conv1d_backward(*given, silu, more, dx, product)
     w, b = _parameters(x, weight, bias)
     shape, taps = x.shape, weight.shape[-1]
     before = None if tail is None or taps == 1 else tail.contiguous()
@@ -384,13 +468,18 @@ def causal_conv1d_backward(
     at_g, at_x, at_last = grad_y.data_ptr(), x.data_ptr(), grad_last.data_ptr()
     at_tail = 0 if before is None else before.data_ptr()
     to = torch.empty(shape, dtype=x.dtype, device=x.device) if dx is None else dx
-    at_dx, at_more = to.data_ptr(), 0 if more is None else more.data_ptr()
-    sequences = [t.stride() for t in (grad_y, more, x, to) if t is not None]
+    added, factor = (more, None) if product is None else product
+    at_dx, at_more = to.data_ptr(), 0 if added is None else added.data_ptr()
+    at_factor = 0 if factor is None else factor.data_ptr()
+    sequences = [t.stride() for t in (grad_y, added, x, to) if t is not None]
     call = _shape(
         "backward", x.dtype, w.dtype, shape, w.shape, tuple(sequences), w.stride(),
         None if b is None else b.stride(), None if reset is None else reset.stride(),
-        silu, (at_g | at_more | at_x | at_last | at_tail | at_dx) & 15, device,
+        silu, (at_g | at_more | at_x | at_last | at_tail | at_dx | at_factor) & 15, device,
+        None if factor is None else (factor.shape, factor.stride()),
     )  # fmt: skip
+    if call is None and product is not None:
+        return causal_conv1d_backward(*given, silu, multiply(*product), dx)
     if call is None:
         grad_y, _, grad_last, more = _compact(grad_y, weight, grad_last, more)
         x, weight, bias, tail, reset = _compact(x, weight, bias, tail, reset)
@@ -403,10 +492,11 @@ def causal_conv1d_backward(
     numbers = (taps + 1) * channels
     partial = torch.empty(call.groups * call.tiles * numbers, dtype=state, device=x.device)
     call.kernel.launch(
-        device, call.blocks, call.threads, 0,
+        device, call.blocks, call.threads, call.kernel.shared,
         at_g, *call.sequences[0],
         at_more, *(call.sequences[1] if at_more else (0, 0, 0)),
         at_x, *call.sequences[-2],
+        at_factor, *call.factor,
         at_last, *call.tail,
         at_tail, *call.tail,
         *_pointers(call, w, b),
@@ -423,6 +513,24 @@ def causal_conv1d_backward(
     )  # fmt: skip
     dbias = dbias if bias is None else dbias.to(bias.dtype)
     return to, dweight.to(weight.dtype), dbias, dtail
+
+
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Return the product of (*groups, ..., L, inner) and (*groups, inner, E)."""
+    rows = left.reshape(*right.shape[:-2], -1, left.shape[-1])
+    return (rows @ right).reshape(*left.shape[:-1], right.shape[-1])
+
+
+def _multiplies(x: Tensor, weight: Tensor, product: tuple[Tensor, Tensor]) -> bool:
+    """Return whether the backward makes this product itself, strides aside."""
+    left, right = product
+    return (
+        _fits(x, weight)
+        and x.dtype == left.dtype == right.dtype
+        and x.itemsize == 2
+        and left.data_ptr() % 16 == 0
+        and torch.cuda.get_device_capability(x.device) >= CAPABILITY
+    )
 
 
 def _pointers(call: Shape, weight: Tensor, bias: Tensor | None) -> tuple[int, int, int, int]:

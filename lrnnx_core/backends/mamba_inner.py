@@ -17,6 +17,7 @@ from lrnnx_core.backends import cuda, cuda_conv1d, cuda_selective_scan, library
 from lrnnx_core.backends.transforms import full_precision
 
 Leaf = Callable[..., tuple[Any, ...]]
+Product = tuple[Tensor, Tensor]
 
 
 class Arguments(NamedTuple):
@@ -56,8 +57,9 @@ def gradients(*arguments: Any) -> tuple[Tensor, ...]:
         of_z.append(found[6])
         return found
 
-    def convolution(g: Tensor, more: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        dx, *rest = operators.causal_conv1d_backward.default(g.add_(more), *inputs)
+    def convolution(g: Tensor, product: Product, *inputs: Any) -> tuple[Tensor, ...]:
+        g = g.add_(cuda_conv1d.multiply(*product))
+        dx, *rest = operators.causal_conv1d_backward.default(g, *inputs)
         return torch.cat([dx, of_z.pop()], -1), *rest
 
     return _compose(scan, convolution, *arguments)
@@ -75,8 +77,8 @@ def gradients_on_cuda(*arguments: Any) -> tuple[Tensor, ...]:
         # the gradient of dt is no longer needed when that of x takes its place
         return cuda_selective_scan.selective_scan_backward(*inputs, into=(of_x, of_z))
 
-    def convolution(g: Tensor, more: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        _, *rest = cuda_conv1d.causal_conv1d_backward(g, *inputs, more=more, dx=of_x)
+    def convolution(g: Tensor, product: Product, *inputs: Any) -> tuple[Tensor, ...]:
+        _, *rest = cuda_conv1d.causal_conv1d_backward(g, *inputs, product=product, dx=of_x)
         return dxz, *rest
 
     return _compose(scan, convolution, *arguments)
@@ -97,7 +99,8 @@ def _compose(
     """Compose the gradients of what the backward leaves of the scan and the convolution return.
 
     That of the convolution takes two gradients of its output, which are to be added, before its
-    other arguments, and returns the gradient of xz in the place of that of x.
+    other arguments, the second as the factors of a product, and returns the gradient of xz in the
+    place of that of x.
     """
     p = Arguments(*arguments)
     shared, rank, states = p.x_proj.ndim - 2, p.dt_proj.shape[-1], p.A.shape[-1]
@@ -115,12 +118,11 @@ def _compose(
         dr = (rows(ddt) @ p.dt_proj).reshape(r.shape)
         ddt_proj = rows(ddt).mT @ rows(r)
         del ddt
-        dmixed = rows(torch.cat([dr, dB.squeeze(-2), dC.squeeze(-2)], -1))
-        dx_proj = dmixed.mT @ rows(v)
-        more = (dmixed @ p.x_proj).reshape(v.shape)
-        del dr, dB, dC, dmixed
+        dmixed = torch.cat([dr, dB.squeeze(-2), dC.squeeze(-2)], -1)
+        del dr, dB, dC
+        dx_proj = rows(dmixed).mT @ rows(v)
         dxz, dweight, dconv_bias, dtail = convolution(
-            dv, more, grad_tail, x, p.conv_weight, p.conv_bias, p.tail, p.seen, True,
+            dv, (dmixed, p.x_proj), grad_tail, x, p.conv_weight, p.conv_bias, p.tail, p.seen, True,
         )  # fmt: skip
     ddecay, dtau = (dxz.new_empty(0) if g is None else g for g in (ddecay, dtau))
     dh0 = dxz.new_empty(0) if p.h0 is None else dh0.to(p.h0.dtype)
