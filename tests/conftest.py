@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(SEED)
+    if item.get_closest_marker("cuda") and torch.cuda.is_available():
+        _wake_backward_thread()
+
+
+@functools.cache
+def _wake_backward_thread() -> None:
+    """Run a kernel in autograd's thread: torch warns where cuBLAS is the first to run there."""
+    torch.zeros((), device="cuda", requires_grad=True).exp().backward()
 
 
 def pytest_runtest_teardown(item: pytest.Item) -> None:

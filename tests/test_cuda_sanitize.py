@@ -51,7 +51,8 @@ def cpu_for_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_suite_launches_every_kernel_there_is(planted: bool) -> None:
     found: list[cuda.Kernel] = []
     with sanitize.recorded(found):
-        sanitize.launch_all("cpu", planted)
+        for half in sanitize.HALVES if planted else (None,):
+            sanitize.launch_all("cpu", planted, half)
     assert {k.entry for k in found} == ENTRIES
     if not planted:
         schemes = {o for k in found for o in k.options if o.startswith("-DSCHEME")}
@@ -118,11 +119,13 @@ def test_a_hazard_or_a_fault_that_is_not_reported_is_a_failure(tool: str, line: 
 
 
 def test_the_command_line_asks_for_its_own_suite(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = sanitize.command("compute-sanitizer", "racecheck", True)
+    assert "--fault" not in sanitize.command("compute-sanitizer", "racecheck", None)
+    command = sanitize.command("compute-sanitizer", "racecheck", 1)
     assert command[:2] == ["compute-sanitizer", "--tool=racecheck"]
-    assert command[-5:] == ["-m", "benchmarks.cuda.sanitize", "--suite", "--fault", "racecheck"]
-    monkeypatch.setattr(sanitize.sys, "argv", ["sanitize", *command[-3:]])
+    own = ["--suite", "--fault", "racecheck", "--half", "1"]
+    assert command[-7:] == ["-m", "benchmarks.cuda.sanitize", *own]
+    monkeypatch.setattr(sanitize.sys, "argv", ["sanitize", *own])
     seen: list[Any] = []
-    monkeypatch.setattr(sanitize, "suite", seen.append)
+    monkeypatch.setattr(sanitize, "suite", lambda *arguments: seen.append(arguments))
     assert importlib.import_module("benchmarks.cuda.sanitize").main() == 0
-    assert seen == ["racecheck"]
+    assert seen == [("racecheck", 1)]
