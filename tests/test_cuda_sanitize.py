@@ -120,6 +120,7 @@ def test_a_hazard_or_a_fault_that_is_not_reported_is_a_failure(tool: str, line: 
 
 def test_the_command_line_asks_for_its_own_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--fault" not in sanitize.command("compute-sanitizer", "racecheck", None)
+    assert any(w.startswith("--padding=") for w in sanitize.command("", "memcheck", None))
     command = sanitize.command("compute-sanitizer", "racecheck", 1)
     assert command[:2] == ["compute-sanitizer", "--tool=racecheck"]
     own = ["--suite", "--fault", "racecheck", "--half", "1"]
