@@ -209,7 +209,7 @@ def test_the_gradient_goes_where_it_is_asked_to(launches: list[tuple[Any, ...]])
             )
             assert found is to
             values = launches[-2][-1]
-            assert values[26:30] == [to.data_ptr(), 0, 9 * 24, 24]
+            assert values[30:34] == [to.data_ptr(), 0, 9 * 24, 24]
             assert values[4:8] == ([more.data_ptr(), 0, 9 * 24, 24] if "more" in given else [0] * 4)
             assert pack_of(launches[-2]) == pack
 
