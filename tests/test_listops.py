@@ -116,6 +116,9 @@ def test_an_epoch_holds_every_sequence_once_in_batches_of_like_lengths() -> None
         epoch(lengths, limits, 60, draw)
     with pytest.raises(ValueError, match="expected a multiple"):
         Recipe(sequences=100)
+    for std in (0.0, -0.02, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"embedding_std .*, expected a finite number > 0"):
+            Recipe(embedding_std=std)
     rows = [Batches(Part(lengths, lengths, lengths), limits, Recipe(), 1) for _ in range(2)]
     assert all(torch.equal(rows[0].next()[1], rows[1].next()[1]) for _ in range(15))
 

@@ -127,6 +127,10 @@ class Recipe:
                 f"listops: {self.sequences} sequences in batches of {self.batch_size}, expected a "
                 "multiple"
             )
+        if not 0 < self.embedding_std < math.inf:
+            raise ValueError(
+                f"listops: embedding_std {self.embedding_std}, expected a finite number > 0"
+            )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"listops: precision {self.precision!r}, expected float32 or bfloat16")
 

@@ -127,14 +127,9 @@ def sequence(
         Lambda, B = made_of(params, ("s7", dtype, options.clip_eigs), make)
         timesteps = None if timesteps is None else timesteps.to(dtype)
         flow = _mimo.Flow.of(
-            Lambda,
-            dt,
-            timesteps,
-            options.discretization,
-            options.timestep_mode,
-            B,
+            Lambda, dt, timesteps, options.discretization, options.timestep_mode, B,
             parts_of(params, "B", dtype),
-        )
+        )  # fmt: skip
         if flow is not None:
             return flow
         decay = dt if timesteps is None else timesteps.unsqueeze(-1) * dt
